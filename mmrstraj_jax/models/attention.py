@@ -1,0 +1,52 @@
+"""One attention for the whole model: cuDNN on GPU, XLA elsewhere. No dense mask is ever an argument."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+def attention(
+    q: Float[Array, "B Lq Hq D"],
+    k: Float[Array, "B Lk Hkv D"],
+    v: Float[Array, "B Lk Hkv D"],
+    *,
+    is_causal: bool,
+    kv_lengths: Int[Array, " B"] | None = None,
+    segment_ids: Int[Array, "B L"] | None = None,
+) -> Float[Array, "B Lq Hq D"]:
+    """Dot-product attention, scale D^-0.5, softmax in float32; query head g reads KV head g // (Hq / Hkv).
+
+    Args:
+        q, k, v: queries, keys and values, heads on axis 2.
+        is_causal: query i sees keys 0..i. Right padding then needs no mask: no valid query sees it.
+        kv_lengths: valid keys per row (decoding from a cache).
+        segment_ids: packed rows: a token sees its own segment only (needs Lq = Lk).
+    """
+    mask: Bool[Array, "B 1 Lq Lk"] | None = None
+    if segment_ids is not None:
+        mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+    on_gpu = jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16)
+    return jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        mask=mask,
+        is_causal=is_causal,
+        key_value_seq_lengths=kv_lengths,
+        query_seq_lengths=None if kv_lengths is None else jnp.full_like(kv_lengths, q.shape[1]),
+        implementation="cudnn" if on_gpu else "xla",
+    )
+
+
+def reference_attention(
+    q: Float[Array, "B Lq Hq D"],
+    k: Float[Array, "B Lk Hkv D"],
+    v: Float[Array, "B Lk Hkv D"],
+    mask: Bool[Array, "B Lq Lk"],
+) -> Float[Array, "B Lq Hq D"]:
+    """The definition, with a dense mask, in float32: the oracle of the tests."""
+    groups = q.shape[2] // k.shape[2]
+    k, v = (jnp.repeat(x.astype(jnp.float32), groups, axis=2) for x in (k, v))
+    scores = jnp.einsum("blhd,bshd->bhls", q.astype(jnp.float32), k) * q.shape[-1] ** -0.5
+    weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf), axis=-1)
+    return jnp.einsum("bhls,bshd->blhd", weights, v).astype(q.dtype)

@@ -1,0 +1,149 @@
+"""Linear (with its optional LoRA), norms, and the scan over stacked layers.
+
+Weights keep the torch orientation [out, in] of the public checkpoints: loading and exporting copy bytes.
+Layers of one kind are stacked on a leading axis; inside `scan_layers` a module sees one slice of it.
+Legend: N rows, T tokens, D features, S leading stack axes.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Int, Key
+
+REMAT_POLICIES = ("none", "block", "dots")
+
+
+class Trainable(nnx.Param):
+    """A parameter that the optimizer updates; kept in float32. Any other nnx.Param is frozen."""
+
+
+class LoRAParam(Trainable):
+    """An adapter matrix. (Not nnx.LoRAParam: that one derives from Param and would also match as frozen.)"""
+
+
+def normal(key: Key[Array, ""], shape: tuple[int, ...], std: float, dtype: jnp.dtype) -> Array:
+    return (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+
+
+class Linear(nnx.Module):
+    """y = x W^T + b, plus the adapter (alpha/r) B A dropout(x) where there is one."""
+
+    def __init__(
+        self,
+        num_in: int,
+        num_out: int,
+        *,
+        rngs: nnx.Rngs,
+        use_bias: bool = True,
+        stack: tuple[int, ...] = (),
+        dtype: jnp.dtype = jnp.float32,
+    ):
+        self.weight = nnx.Param(normal(rngs.params(), (*stack, num_out, num_in), num_in**-0.5, dtype))
+        self.bias = nnx.Param(jnp.zeros((*stack, num_out), dtype)) if use_bias else nnx.data(None)
+        self.lora_A = nnx.data(None)
+        self.lora_B = nnx.data(None)
+        self.lora_scale = 0.0
+        self.lora_dropout = 0.0
+
+    def __call__(
+        self, x: Float[Array, "N *T in"], keys: Key[Array, " N"] | None = None, tag: int = 0
+    ) -> Float[Array, "N *T out"]:
+        """Weights are cast to the dtype of x.
+
+        Args:
+            x: activations.
+            keys: one dropout key per row, or None outside training.
+            tag: distinguishes the linears of a block that share the same keys.
+        """
+        y = jnp.einsum("...i,oi->...o", x, self.weight[...].astype(x.dtype))
+        if self.bias is not None:
+            y = y + self.bias[...].astype(x.dtype)
+        if self.lora_A is not None:
+            if keys is not None and self.lora_dropout > 0:
+                x = dropout(x, self.lora_dropout, jax.vmap(lambda key: jax.random.fold_in(key, tag))(keys))
+            low = jnp.einsum("...i,ri->...r", x, self.lora_A[...].astype(x.dtype))
+            y = y + self.lora_scale * jnp.einsum("...r,or->...o", low, self.lora_B[...].astype(x.dtype))
+        return y
+
+
+def dropout(x: Float[Array, "N *T D"], rate: float, keys: Key[Array, " N"]) -> Float[Array, "N *T D"]:
+    """Inverted dropout whose mask depends on each row's key only, not on device count or accumulation.
+
+    16-bit draws halve the cost of the random numbers; the rate is exact to 2^-16.
+    """
+    threshold = round(rate * 2**16)
+    bits = jax.vmap(lambda key: jax.random.bits(key, x.shape[1:], jnp.uint16))(keys)
+    return jnp.where(bits >= threshold, x / (1 - rate), 0).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """LayerNorm with statistics in float32 (torch.nn.LayerNorm)."""
+
+    def __init__(self, dim: int, eps: float, *, stack: tuple[int, ...] = (), dtype: jnp.dtype = jnp.float32):
+        self.weight = nnx.Param(jnp.ones((*stack, dim), dtype))
+        self.bias = nnx.Param(jnp.zeros((*stack, dim), dtype))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
+        x32 = x.astype(jnp.float32)
+        mean = x32.mean(-1, keepdims=True)
+        variance = jnp.square(x32 - mean).mean(-1, keepdims=True)
+        y = (x32 - mean) * lax.rsqrt(variance + self.eps)
+        return (y * self.weight[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Qwen2RMSNorm: mean of squares in float32, cast back, then times the weight."""
+
+    def __init__(self, dim: int, eps: float, *, stack: tuple[int, ...] = (), dtype: jnp.dtype = jnp.float32):
+        self.weight = nnx.Param(jnp.ones((*stack, dim), dtype))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
+        x32 = x.astype(jnp.float32)
+        y = x32 * lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + self.eps)
+        return y.astype(x.dtype) * self.weight[...].astype(x.dtype)
+
+
+def scan_layers(
+    body: Callable[[nnx.Module, Any, Int[Array, ""]], tuple[Any, Any]],
+    layers: nnx.Module,
+    carry: Any,
+    *,
+    first: int = 0,
+    last: int,
+    remat: str = "none",
+    unroll: bool = False,
+) -> tuple[Any, Any]:
+    """Runs body(layer, carry, index) -> (carry, output) over layers first..last-1 of a stacked module.
+
+    Args:
+        body: one layer; index is its number as a traced scalar.
+        layers: module whose every parameter has the layer axis first.
+        carry: any pytree.
+        remat: "none" stores every residual, "block" only the carry between layers, "dots" also the results of
+            matrix products without batch axes.
+        unroll: a Python loop instead of lax.scan (tests, and small programs).
+    Returns:
+        the last carry, and the outputs stacked on a leading layer axis.
+    """
+    graphdef, params = nnx.split(layers)
+    if (first, last) != (0, jax.tree.leaves(params)[0].shape[0]):
+        params = jax.tree.map(lambda leaf: leaf[first:last], params)
+
+    def step(carry, scanned):
+        layer_params, index = scanned
+        return body(nnx.merge(graphdef, layer_params), carry, index)
+
+    if remat == "block":
+        step = jax.checkpoint(step, prevent_cse=unroll)
+    elif remat == "dots":
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        step = jax.checkpoint(step, prevent_cse=unroll, policy=policy)
+    else:
+        assert remat == "none", remat
+    return lax.scan(step, carry, (params, jnp.arange(first, last)), unroll=(last - first) if unroll else 1)

@@ -1,0 +1,208 @@
+"""Qwen2 / Qwen2.5 decoder (HF modeling_qwen2.py) with an explicit KV cache.
+
+Legend: B rows, L tokens, S cache slots, N layers, H hidden, K KV heads, D head size.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from mmrstraj_jax.config import TextConfig
+from mmrstraj_jax.models.attention import attention
+from mmrstraj_jax.models.layers import Linear, RMSNorm, normal, scan_layers
+
+
+class KVCache(NamedTuple):
+    """Keys and values of every layer; row b holds lengths[b] valid tokens, from slot 0 on."""
+
+    k: Float[Array, "N B S K D"]
+    v: Float[Array, "N B S K D"]
+    lengths: Int[Array, " B"]
+
+
+def init_cache(config: TextConfig, batch: int, slots: int, dtype: jnp.dtype) -> KVCache:
+    """An empty cache; 2 x layers x KV heads x head size x itemsize bytes a token."""
+    shape = (config.num_hidden_layers, batch, slots, config.num_key_value_heads, config.head_dim)
+    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch,), jnp.int32))
+
+
+def rotary(
+    positions: Int[Array, "B L"], head_dim: int, theta: float, dtype: jnp.dtype
+) -> tuple[Float[Array, "B L 1 half"], Float[Array, "B L 1 half"]]:
+    """cos and sin of RoPE; angles in float32, cast to the activation dtype."""
+    inv_freq = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions[..., None, None].astype(jnp.float32) * inv_freq
+    return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
+
+
+def rotate(x: Float[Array, "B L K D"], rope: tuple[Array, Array]) -> Float[Array, "B L K D"]:
+    """Half-split rotation: element i is paired with element i + D/2."""
+    cos, sin = rope
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: TextConfig, **init):
+        hidden, dim = config.hidden_size, config.head_dim
+        self.q_proj = Linear(hidden, config.num_attention_heads * dim, **init)
+        self.k_proj = Linear(hidden, config.num_key_value_heads * dim, **init)
+        self.v_proj = Linear(hidden, config.num_key_value_heads * dim, **init)
+        self.o_proj = Linear(config.num_attention_heads * dim, hidden, use_bias=False, **init)
+        self.head_dim = dim
+
+    def project(
+        self, x: Float[Array, "B L H"], rope: tuple[Array, Array], keys
+    ) -> tuple[Array, Array, Array]:
+        """Rotated queries and keys, and values: [B, L, heads, D]."""
+        q, k, v = (
+            rearrange(proj(x, keys, tag), "b l (h d) -> b l h d", d=self.head_dim)
+            for tag, proj in enumerate((self.q_proj, self.k_proj, self.v_proj))
+        )
+        return rotate(q, rope), rotate(k, rope), v
+
+    def output(self, x: Float[Array, "B L heads D"], keys) -> Float[Array, "B L H"]:
+        return self.o_proj(rearrange(x, "b l h d -> b l (h d)"), keys, 3)
+
+
+class MLP(nnx.Module):
+    def __init__(self, config: TextConfig, **init):
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, use_bias=False, **init)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, use_bias=False, **init)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, use_bias=False, **init)
+
+    def __call__(self, x: Float[Array, "B L H"], keys) -> Float[Array, "B L H"]:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x, keys, 4)) * self.up_proj(x, keys, 5), keys, 6)
+
+
+class DecoderLayer(nnx.Module):
+    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, stack: tuple[int, ...], dtype: jnp.dtype):
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, stack=stack, dtype=dtype)
+        self.self_attn = Attention(config, rngs=rngs, stack=stack, dtype=dtype)
+        self.post_attention_layernorm = RMSNorm(
+            config.hidden_size, config.rms_norm_eps, stack=stack, dtype=dtype
+        )
+        self.mlp = MLP(config, rngs=rngs, stack=stack, dtype=dtype)
+
+    def __call__(self, x, attend, rope, keys=None) -> Float[Array, "B L H"]:
+        """One block; attend(q, k, v) is plain causal attention or the cached one."""
+        q, k, v = self.self_attn.project(self.input_layernorm(x), rope, keys)
+        x = x + self.self_attn.output(attend(q, k, v), keys)
+        return x + self.mlp(self.post_attention_layernorm(x), keys)
+
+
+class Embedding(nnx.Module):
+    def __init__(self, rows: int, dim: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+        self.weight = nnx.Param(normal(rngs.params(), (rows, dim), dim**-0.5, dtype))
+
+
+class Qwen2(nnx.Module):
+    """Embeddings in, hidden states out; `logits` is apart, so that callers score only what they need."""
+
+    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, rngs=rngs, dtype=dtype)
+        self.layers = DecoderLayer(config, rngs=rngs, stack=(config.num_hidden_layers,), dtype=dtype)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        if not config.tie_word_embeddings:
+            self.lm_head = Embedding(config.vocab_size, config.hidden_size, rngs=rngs, dtype=dtype)
+
+    def embed(self, input_ids: Int[Array, "*B"]) -> Float[Array, "*B H"]:
+        return self.embed_tokens.weight[...][input_ids].astype(self.dtype)
+
+    def head(self) -> Float[Array, "V H"]:
+        """Rows of the output matrix: the embedding where the two are tied."""
+        head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        return head.weight[...]
+
+    def logits(self, hidden: Float[Array, "*B H"]) -> Float[Array, "*B V"]:
+        """float32 logits of any hidden states."""
+        head = self.head().astype(hidden.dtype)
+        return jnp.einsum("...h,vh->...v", hidden, head, preferred_element_type=jnp.float32)
+
+    def __call__(
+        self,
+        x: Float[Array, "B L H"],
+        keys: Key[Array, " B"] | None = None,
+        *,
+        segment_ids: Int[Array, "B L"] | None = None,
+        positions: Int[Array, "B L"] | None = None,
+        remat: str = "none",
+        unroll: bool = False,
+    ) -> Float[Array, "B L H"]:
+        """Normed hidden states of whole rows, padded on the right (no valid token sees the padding).
+
+        Args:
+            x: embeddings.
+            keys: one LoRA dropout key per row, or None.
+            segment_ids, positions: packed rows only; positions default to 0..L-1.
+        """
+        rope = self._rope(x, positions)
+
+        def attend(q, k, v):
+            return attention(q, k, v, is_causal=True, segment_ids=segment_ids)
+
+        def body(layer: DecoderLayer, x, index):
+            layer_keys = None if keys is None else jax.vmap(lambda key: jax.random.fold_in(key, index))(keys)
+            return layer(x, attend, rope, layer_keys), None
+
+        num_layers = self.config.num_hidden_layers
+        x, _ = scan_layers(body, self.layers, x, last=num_layers, remat=remat, unroll=unroll)
+        return self.norm(x)
+
+    def prefill(
+        self, x: Float[Array, "B L H"], lengths: Int[Array, " B"], cache: KVCache
+    ) -> tuple[Float[Array, "B H"], KVCache]:
+        """Fills slots 0..L-1 of the cache; returns the hidden state of each row's last valid token."""
+        rope = self._rope(x, None)
+
+        def body(layer: DecoderLayer, x, index):
+            kept = {}
+
+            def attend(q, k, v):
+                kept["k"], kept["v"] = k, v
+                return attention(q, k, v, is_causal=True)
+
+            x = layer(x, attend, rope)
+            return x, (kept["k"], kept["v"])
+
+        x, (k, v) = scan_layers(body, self.layers, x, last=self.config.num_hidden_layers)
+        cache = KVCache(
+            cache.k.at[:, :, : x.shape[1]].set(k.astype(cache.k.dtype)),
+            cache.v.at[:, :, : x.shape[1]].set(v.astype(cache.v.dtype)),
+            lengths,
+        )
+        return self.norm(x[jnp.arange(x.shape[0]), lengths - 1]), cache
+
+    def decode(self, tokens: Int[Array, " B"], cache: KVCache) -> tuple[Float[Array, "B H"], KVCache]:
+        """One token per row, written to slot lengths[b]; the cache is the scan's carry: updated in place."""
+        rows, slots = jnp.arange(tokens.shape[0]), cache.lengths
+        rope = rotary(slots[:, None], self.config.head_dim, self.config.rope_theta, self.dtype)
+
+        def body(layer: DecoderLayer, carry, index):
+            x, k_all, v_all = carry
+            updated = {}
+
+            def attend(q, k, v):
+                updated["k"] = k_all.at[index, rows, slots].set(k[:, 0].astype(k_all.dtype))
+                updated["v"] = v_all.at[index, rows, slots].set(v[:, 0].astype(v_all.dtype))
+                return attention(
+                    q, updated["k"][index], updated["v"][index], is_causal=False, kv_lengths=slots + 1
+                )
+
+            x = layer(x, attend, rope)
+            return (x, updated["k"], updated["v"]), None
+
+        carry = (self.embed(tokens)[:, None], cache.k, cache.v)
+        (x, k, v), _ = scan_layers(body, self.layers, carry, last=self.config.num_hidden_layers)
+        return self.norm(x[:, 0]), KVCache(k, v, slots + 1)
+
+    def _rope(self, x: Float[Array, "B L H"], positions: Int[Array, "B L"] | None) -> tuple[Array, Array]:
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+        return rotary(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
