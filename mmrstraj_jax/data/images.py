@@ -1,0 +1,203 @@
+"""Images from files to uint8 views, bit-equal to the reference (PIL bicubic; LLaVA-NeXT mm_utils.py, HF's PIL
+processor).
+
+File policy: 8-bit images of any PIL mode become RGB as PIL's `convert("RGB")` does it (alpha is dropped, not
+blended; CMYK and palettes are converted; the first frame of an animation counts). EXIF rotation is ignored
+unless asked for, as in the original. Deeper than 8 bits is refused unless a stretch is named: scaling
+reflectances blindly gives nearly black pictures. Size is checked from the header, before anything is decoded.
+"""
+
+import math
+import os
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, UnidentifiedImageError
+
+from mmrstraj_jax.data.anyres import Plan
+from mmrstraj_jax.errors import UserError
+
+# Only formats whose decoders are in-process and common; EPS would start Ghostscript.
+FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "JPEG2000", "PPM")
+PAD_BLACK = (0, 0, 0)
+PAD_MEAN = (127, 127, 127)  # int(255 * 0.5), the mean of SigLIP's normalisation
+_DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+_ORIENTATION = 0x0112
+_TURNED = (5, 6, 7, 8)  # orientations that swap the sides
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, IndexError)
+
+
+@dataclass(frozen=True)
+class ImagePolicy:
+    """How files become RGB."""
+
+    exif: bool = False  # apply the camera's rotation (HF's loader does, the original does not)
+    max_pixels: int = 89_478_485  # PIL's own decompression-bomb limit, here an error instead of a warning
+    deep: str = "refuse"  # more than 8 bits per band: refuse | stretch (2nd to 98th percentile to 0..255)
+
+
+DEFAULT = ImagePolicy()
+
+
+def _open(path: str | os.PathLike, policy: ImagePolicy) -> Image.Image:
+    """Opens a file, reading its header only."""
+    try:
+        image = Image.open(path, formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UserError(f"{path}: more than {policy.max_pixels} pixels; cut it into tiles first") from error
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such image") from error
+    except UnidentifiedImageError as error:
+        size = os.path.getsize(path)
+        what = "an empty file" if size == 0 else f"not an image in one of the formats {', '.join(FORMATS)}"
+        raise UserError(f"{path}: {what}") from error
+    except _UNREADABLE as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    width, height = image.size
+    if width * height > policy.max_pixels:
+        image.close()
+        raise UserError(
+            f"{path}: {width}x{height} pixels, over the limit of {policy.max_pixels}; cut it into tiles first"
+        )
+    if image.mode in _DEEP_MODES and policy.deep == "refuse":
+        image.close()
+        raise UserError(
+            f"{path}: more than 8 bits per band (mode {image.mode}); convert it to 8-bit RGB with a stretch "
+            'that suits the sensor, or choose deep="stretch"'
+        )
+    return image
+
+
+def _rotation(image: Image.Image, policy: ImagePolicy, name: object) -> int:
+    """EXIF orientation 1..8, 1 when rotation is not asked for. PIL decodes a PNG to find it."""
+    if not policy.exif:
+        return 1
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except _UNREADABLE as error:
+        raise UserError(f"{name}: damaged image or EXIF data ({error}); write it again") from error
+
+
+def size(path: str | os.PathLike, policy: ImagePolicy = DEFAULT) -> tuple[int, int]:
+    """(width, height) that `load` will give, from the header alone.
+
+    A file that lacks its format's end mark is decoded, to find truncated downloads before training does.
+    Raises UserError naming the file.
+    """
+    with _open(path, policy) as image:
+        width, height = image.size
+        if not _has_end_mark(path, image.format):
+            _decode(image, path)
+        return (height, width) if _rotation(image, policy, path) in _TURNED else (width, height)
+
+
+def _has_end_mark(path: str | os.PathLike, image_format: str | None) -> bool:
+    mark = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}.get(image_format or "")
+    if mark is None:
+        return True
+    with open(path, "rb") as file:
+        file.seek(max(0, os.path.getsize(path) - 16))
+        return mark in file.read()
+
+
+def _decode(image: Image.Image, name: object) -> None:
+    try:
+        image.load()
+    except _UNREADABLE as error:
+        raise UserError(
+            f"{name}: damaged or truncated image ({error}); download or write it again"
+        ) from error
+
+
+def load(source: str | os.PathLike | Image.Image, policy: ImagePolicy = DEFAULT) -> Image.Image:
+    """An RGB image, decoded.
+
+    Args:
+      source: a path, or a PIL image (converted by the same rules; its size is trusted).
+    Raises:
+      UserError: naming the file; missing, unknown format, damaged, above max_pixels, or deeper than 8 bits.
+    """
+    if isinstance(source, Image.Image):
+        if source.mode in _DEEP_MODES and policy.deep == "refuse":
+            raise UserError(
+                f'image of mode {source.mode}: more than 8 bits per band; convert it, or deep="stretch"'
+            )
+        return _to_rgb(source, policy, "image")
+    with _open(source, policy) as image:
+        _decode(image, source)
+        return _to_rgb(image, policy, source)
+
+
+def _to_rgb(image: Image.Image, policy: ImagePolicy, name: object) -> Image.Image:
+    rotation = _rotation(image, policy, name)
+    if image.mode in _DEEP_MODES:
+        image = Image.fromarray(_stretch(np.asarray(image)))
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # same colours as straight to RGB, without PIL's warning
+    image = image.convert("RGB")
+    turns = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }
+    return image.transpose(turns[rotation]) if rotation in turns else image
+
+
+def _stretch(values: np.ndarray) -> UInt8[np.ndarray, "h w"]:
+    """2nd to 98th percentile to 0..255, the usual stretch of viewers of satellite imagery."""
+    values = np.nan_to_num(values.astype(np.float64), posinf=0.0, neginf=0.0)
+    low, high = np.percentile(values, (2, 98))
+    return np.clip((values - low) / max(high - low, 1e-12) * 255 + 0.5, 0, 255).astype(np.uint8)
+
+
+def _pad(image: Image.Image, width: int, height: int, colour: tuple[int, int, int]) -> Image.Image:
+    """Centred on a canvas; an odd remainder goes right and down."""
+    padded = Image.new("RGB", (width, height), colour)
+    padded.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
+    return padded
+
+
+def resize_and_pad(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Largest size that fits, aspect kept, centred on black (LLaVA-NeXT resize_and_pad_image)."""
+    scale_width, scale_height = width / image.width, height / image.height
+    if scale_width < scale_height:
+        new = width, min(math.ceil(image.height * scale_width), height)
+    else:
+        new = min(math.ceil(image.width * scale_height), width), height
+    return _pad(image.resize(new, Image.Resampling.BICUBIC), width, height, PAD_BLACK)
+
+
+def views(
+    image: Image.Image | Sequence[Image.Image], plan: Plan, view_size: int
+) -> UInt8[np.ndarray, "V S S 3"]:
+    """The views of a plan, base view first, crops row by row.
+
+    Args:
+      image: RGB; the list of frames for a video plan.
+      view_size: S, pixels.
+    """
+    square = (view_size, view_size)
+    if plan.kind == "video":
+        assert len(image) == plan.num_views, (len(image), plan.num_views)
+        return np.stack([np.asarray(frame.resize(square, Image.Resampling.BICUBIC)) for frame in image])
+    if plan.kind == "square":
+        side = max(image.size)
+        padded = image if image.width == image.height else _pad(image, side, side, PAD_MEAN)
+        return np.asarray(padded.resize(square, Image.Resampling.BICUBIC))[None]
+    assert image.size == (plan.width, plan.height), (image.size, plan)
+    rows, columns = plan.grid
+    out = np.empty((plan.num_views, view_size, view_size, 3), np.uint8)
+    # The original image without its aspect: a FIXME of the reference, kept on purpose.
+    out[0] = np.asarray(image.resize(square, Image.Resampling.BICUBIC))
+    whole = np.asarray(resize_and_pad(image, columns * view_size, rows * view_size))
+    crops = whole.reshape(rows, view_size, columns, view_size, 3).transpose(0, 2, 1, 3, 4)
+    out[1:] = crops.reshape(-1, view_size, view_size, 3)
+    return out
