@@ -1,0 +1,157 @@
+"""One prompt with its images and videos: measured from file headers, read when its batch is due."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from mmrstraj_jax.config import AnyResConfig, ModelConfig
+from mmrstraj_jax.data import anyres, images
+from mmrstraj_jax.data.anyres import Plan
+from mmrstraj_jax.data.collate import Example, Shape, Sizes, model_inputs, row_shape
+from mmrstraj_jax.errors import UserError
+from mmrstraj_jax.models.mmrstraj import Inputs
+
+ImageLike = str | os.PathLike | Image.Image
+VideoLike = Sequence[ImageLike] | UInt8[np.ndarray, "F h w 3"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt as token ids with ONE image id per image and one video id per video, and the media."""
+
+    ids: Sequence[int]
+    images: Sequence[ImageLike] = ()
+    videos: Sequence[VideoLike] = ()
+    max_new_tokens: int | None = None  # default: that of the DecodeOptions
+    number: int | None = None  # of its random key; default: its place among the requests
+    name: str = "prompt"  # in errors
+
+
+class _Slot(NamedTuple):
+    position: int
+    media: ImageLike | VideoLike
+    plan: Plan
+
+
+def frames_of(video: VideoLike) -> list[ImageLike]:
+    """The frames of a video: PIL images or paths as they are, arrays [F, h, w, 3] as PIL images."""
+    return [Image.fromarray(frame) if isinstance(frame, np.ndarray) else frame for frame in video]
+
+
+def _size(image: ImageLike) -> tuple[int, int]:
+    return image.size if isinstance(image, Image.Image) else images.size(image)
+
+
+def _slots(request: Request, config: ModelConfig, policy: AnyResConfig) -> list[_Slot]:
+    """Every visual slot in order, with its plan; image files are opened, not decoded."""
+    ids = np.asarray(request.ids)
+    marks = [number for number in (config.image_token_id, config.video_token_id) if number is not None]
+    positions = np.flatnonzero(np.isin(ids, marks))
+    media = {"image": list(request.images), "video": list(request.videos)}
+    # Training writes <image> for a video too; with nothing else to mean, either id is a video's.
+    if media["video"] and not media["image"]:
+        kinds = ["video"] * len(positions)
+    else:
+        kinds = ["image" if ids[at] == config.image_token_id else "video" for at in positions]
+    for kind, found in media.items():
+        number = getattr(config, f"{kind}_token_id")
+        if kinds.count(kind) != len(found):
+            raise UserError(
+                f"{request.name}: {kinds.count(kind)} {kind} slots for {len(found)} {kind}s; "
+                f"expected one {kind} id ({number}) for each"
+            )
+    plans = {
+        "image": anyres.plan_row([_size(image) for image in media["image"]], 0, policy),
+        "video": [anyres.plan_video(len(video), policy) for video in media["video"]],
+    }
+    return [
+        _Slot(int(at), media[kind].pop(0), plans[kind].pop(0))
+        for at, kind in zip(positions, kinds, strict=True)
+    ]
+
+
+def _check_ids(request: Request, config: ModelConfig) -> np.ndarray:
+    ids = np.asarray(request.ids)
+    if ids.ndim != 1 or not len(ids) or not np.issubdtype(ids.dtype, np.integer):
+        raise UserError(f"{request.name}: expected a list of token ids, not empty")
+    text = ids[~np.isin(ids, [n for n in (config.image_token_id, config.video_token_id) if n is not None])]
+    if len(text) and not 0 <= text.min() <= text.max() < config.text.vocab_size:
+        raise UserError(
+            f"{request.name}: token ids {text.min()}..{text.max()}, expected 0..{config.text.vocab_size - 1}"
+        )
+    return ids
+
+
+def measure(request: Request, config: ModelConfig, policy: AnyResConfig) -> Shape:
+    """Views and tokens of a prompt (collate.Shape), from its ids and image headers.
+
+    Raises:
+        UserError: ids outside the vocabulary, slots that do not match, an unreadable image, or more
+            tokens than the model has positions.
+    """
+    ids = _check_ids(request, config)
+    plans = [slot.plan for slot in _slots(request, config, policy)]
+    length = len(ids) + sum(plan.num_tokens - 1 for plan in plans)
+    limit = config.text.max_position_embeddings
+    if length > limit:
+        raise UserError(
+            f"{request.name}: {length} tokens with its visual ones, more than the model's {limit} positions; "
+            "shorten it, give smaller images, or a policy with fewer tokens"
+        )
+    return row_shape(plans, length, None)
+
+
+def read(request: Request, config: ModelConfig, policy: AnyResConfig) -> Example:
+    """Decodes the images of a prompt into views and expands its slots. Raises UserError as `measure`."""
+    ids, slots = _check_ids(request, config), _slots(request, config, policy)
+    counts = np.ones(len(ids), np.int64)
+    views, starts = [], []
+    for slot in slots:
+        counts[slot.position] = slot.plan.num_tokens
+        if slot.plan.kind == "video":
+            pixels = [images.load(frame) for frame in frames_of(slot.media)]
+        else:
+            pixels = images.load(slot.media)
+        views.append(images.views(pixels, slot.plan, policy.view_size))
+        starts.append(int(slot.position + sum(plan.plan.num_tokens - 1 for plan in slots[: len(starts)])))
+    ids = ids.astype(np.int32)
+    ids[[slot.position for slot in slots]] = config.pad_token_id or 0
+    none = np.zeros((0, policy.view_size, policy.view_size, 3), np.uint8)
+    return Example(
+        id=request.name,
+        input_ids=np.repeat(ids, counts),
+        views=np.concatenate(views) if views else none,
+        plans=tuple(slot.plan for slot in slots),
+        starts=tuple(starts),
+    )
+
+
+def model_batch(
+    examples: Sequence[Example | None],
+    config: ModelConfig,
+    policy: AnyResConfig,
+    *,
+    length_multiple: int,
+    view_buckets: tuple[int, ...] = (),
+) -> Inputs:
+    """Right-padded Inputs of some prompts; no view or token that belongs to a row is affected by the padding.
+
+    Args:
+        examples: None is a row that only fills the batch up.
+        length_multiple: lengths are rounded up to it, in geometric steps from 8 times on.
+        view_buckets: view counts to round up to; beyond the last one, and by default, they stay exact.
+    """
+    shapes = [item.shape for item in examples if item is not None]
+    shape = shapes[0]
+    for other in shapes[1:]:
+        shape = shape.join(other)
+    # A text-only batch still runs the tower, on one empty view.
+    shape = shape._replace(views=max(1, shape.views))
+    buckets = view_buckets if shape.views <= max(view_buckets, default=0) else (shape.views,)
+    sizes = Sizes(buckets, length_multiple, max_length=config.text.max_position_embeddings)
+    return model_inputs(examples, sizes.round(shape), policy.view_size, config.pad_token_id or 0)

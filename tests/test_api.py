@@ -1,0 +1,156 @@
+"""The Python API on a tiny checkpoint; against Hugging Face where torch is installed."""
+
+import numpy as np
+import pytest
+import weights_case
+from PIL import Image
+
+import mmrstraj_jax
+from mmrstraj_jax.config import AnyResConfig
+from mmrstraj_jax.data import anyres
+from mmrstraj_jax.errors import UserError
+from mmrstraj_jax.weights.load import load_model
+
+IMAGE, VIDEO = weights_case.IMAGE_ID, weights_case.VIDEO_ID
+PNG = "tile.png"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """An llava-hf folder whose weights are small enough to be tame."""
+    where = tmp_path_factory.mktemp("hf")
+    tensors = {name: 0.2 * value for name, value in weights_case.tensors().items()}
+    weights_case.write_layout(where, "hub", tensors)
+    picture(70, 40).save(where / PNG)
+    return where
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return mmrstraj_jax.load(folder, dtype="float32")
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def ask(text: str) -> list[dict]:
+    return [{"role": "user", "content": text}]
+
+
+def test_load_takes_policy_and_ids_from_the_folder(model, folder):
+    assert model.anyres == load_model(folder).anyres
+    assert model.anyres.policy == "anyres_max_9" and model.anyres.view_size == 28
+    assert (model.config.image_token_id, model.config.video_token_id) == (IMAGE, VIDEO)
+    assert model.tokenizer.image_id == IMAGE
+    assert model.config.eos_token_ids == model.tokenizer.eos_ids
+
+
+def test_anyres_may_be_overridden(folder):
+    assert mmrstraj_jax.load(folder, anyres="tau").anyres == AnyResConfig().for_views(28, 14)
+    own = AnyResConfig("tau", tau=9.0).for_views(28, 14)
+    assert mmrstraj_jax.load(folder, anyres=own).anyres == own
+    with pytest.raises(UserError, match="views of 384 px.*the tower reads 28 px"):
+        mmrstraj_jax.load(folder, anyres=AnyResConfig())
+
+
+def test_one_question_a_list_and_a_stream_agree(model, folder):
+    questions = ["Is there a bridge?", "How many?"]
+    media = [[folder / PNG], [picture(28, 28), picture(40, 20)]]
+    singles = [
+        model.generate(text, images, max_new_tokens=8) for text, images in zip(questions, media, strict=True)
+    ]
+    assert all(isinstance(text, str) for text in singles)
+    assert model.generate(questions, images=media, max_new_tokens=8) == singles
+    assert model.generate([ask(text) for text in questions], images=media, max_new_tokens=8) == singles
+    pieces = []
+    assert model.generate(questions[0], media[0], max_new_tokens=8, stream=pieces.append) == singles[0]
+    assert "".join(pieces) == singles[0]
+
+
+def test_slots_may_be_written_or_left_out(model):
+    images = [picture(28, 28), picture(40, 20)]
+    by_hand = model.generate(ask("<image><image>\nWhat changed?"), images=images, max_new_tokens=4)
+    parts = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "What changed?"}]
+    assert model.generate("What changed?", images=images, max_new_tokens=4) == by_hand
+    assert model.generate(ask(parts), images=images, max_new_tokens=4) == by_hand
+    assert model.generate(ask(parts[2:]), images=images, max_new_tokens=4) == by_hand
+
+
+def test_a_video_is_frames_or_an_array(model):
+    frames = [picture(30, 20, seed) for seed in range(3)]
+    array = np.stack([np.asarray(frame) for frame in frames])
+    found = model.generate("What moves?", videos=[array], max_new_tokens=4)
+    assert model.generate("What moves?", videos=[frames], max_new_tokens=4) == found
+    ids = [5, VIDEO, 7]
+    logits = model.logits(ids, videos=[array])
+    assert logits.shape == (2 + anyres.plan_video(3, model.anyres).num_tokens, model.config.text.vocab_size)
+    np.testing.assert_array_equal(logits, model.logits(ids, videos=[frames]))
+
+
+def test_ids_give_ids_and_their_logits(model):
+    image, ids = picture(60, 30), [3, IMAGE, 9, 10, 11]
+    new = model.generate(ids, images=[image], max_new_tokens=6, stream=None)
+    assert all(isinstance(number, int) for number in new)
+    logits = model.logits([*ids, *new], images=[image])
+    plan = anyres.plan(60, 30, model.anyres)
+    assert logits.dtype == np.float32 and len(logits) == len(ids) + len(new) + plan.num_tokens - 1
+    assert logits.argmax(-1)[-len(new) - 1 : -1].tolist() == new
+    seen = []
+    assert model.generate(np.array(ids), image, max_new_tokens=6, stream=seen.append) == new == seen
+    assert model.generate([ids, [4, 4]], images=[[image], None], max_new_tokens=6)[0] == new
+    both = model.logits([[*ids, *new], [4, 4]], images=[[image], []])
+    np.testing.assert_array_equal(both[0], logits)
+    assert both[1].shape == (2, model.config.text.vocab_size)
+
+
+def test_features_are_what_the_language_model_gets(model, folder):
+    one = model.features(folder / PNG)
+    plan = anyres.plan(70, 40, model.anyres)
+    vision, text = model.config.vision, model.config.text
+    assert one["tower"].shape == (plan.num_views, vision.num_patches, vision.hidden_size)
+    assert one["packed"].shape == (plan.num_tokens, text.hidden_size)
+    several = model.features([folder / PNG, picture(28, 28)])
+    np.testing.assert_array_equal(several[0]["packed"], one["packed"])
+    # the last token of a map is the newline; the first is the projected first patch of the base view
+    np.testing.assert_allclose(one["packed"][-1], model.model.image_newline[...], atol=1e-6)
+    first = model.model.multi_modal_projector(one["tower"][:1])[0, 0]
+    np.testing.assert_allclose(one["packed"][0], first, atol=1e-5)
+
+
+def test_without_a_tokenizer_ids_still_work(tmp_path):
+    weights_case.write(
+        tmp_path,
+        weights_case.hf_json(),
+        weights_case.named(weights_case.tensors(), "hub"),
+        with_tokenizer=False,
+    )
+    model = mmrstraj_jax.load(tmp_path)
+    assert model.tokenizer is None
+    with pytest.raises(UserError, match="need a tokenizer"):
+        model.generate("What is this?")
+    assert model.logits([1, 2]).shape == (2, model.config.text.vocab_size)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: m.generate("Q", ["missing.png"]), "missing.png: no such image"),
+        (lambda m: m.generate("<image>\nQ"), "1 image slots for 0 images"),
+        (lambda m: m.generate(ask("<image>\nQ"), [picture(9, 9)] * 2), "1 image slots for 2 images"),
+        (lambda m: m.generate(["Q", "Q"], images=[picture(9, 9)]), "1 entries for 2 conversations"),
+        (lambda m: m.generate(["Q", "Q"], stream=print), "expected one conversation"),
+        (lambda m: m.generate("Q", [picture(9, 9)], videos=[[picture(9, 9)]]), "one kind of slot"),
+        (lambda m: m.generate([{"role": "gpt", "content": "A"}]), "nothing to answer"),
+        (lambda m: m.generate("Q", temperature=-1), "temperature -1"),
+        (lambda m: m.logits([1, IMAGE]), "1 image slots for 0 images"),
+        (lambda m: m.logits("text"), "expected token ids"),
+        (lambda m: m.logits([1, 5000]), "expected 0..319"),
+        (lambda m: m.generate(np.zeros(0, int)), "not empty"),
+    ],
+)
+def test_bad_calls_are_one_line(model, call, message):
+    with pytest.raises(UserError, match=message) as error:
+        call(model)
+    assert "\n" not in str(error.value)
