@@ -1,0 +1,31 @@
+"""The tiny base model that ships: every part trained on SynthCity's base split (domain A, general questions).
+
+NOT A RECIPE OF THE PAPER: it makes the stand-in for a pre-trained LLaVA-OneVision checkpoint. The tower starts from
+dense pre-training; the whole is run, phase by phase and resumable, by
+
+    python -m mmrstraj_jax.training.tiny_base --out mmrstraj_jax/assets/tiny
+"""
+
+from mmrstraj_jax.config import AnyResConfig, Config, LoRAConfig, OptimConfig
+
+
+def get_config(model: str) -> Config:
+    return Config(
+        name="tiny_base",
+        model=model,
+        epochs=1,
+        steps=6000,
+        batch_size=8,
+        micro_batch_size=8,
+        max_length=1024,
+        dtype="float32",
+        remat="none",
+        train_full=("vision_tower", "projector", "newline", "language_model"),
+        anyres=AnyResConfig().for_views(112, 14),
+        lora=LoRAConfig(dropout=0.0, vision_tower=(), projector=(), language_model=()),
+        optim=OptimConfig(tower_lr=3e-4, projector_lr=1e-3, other_lr=1e-3, b2=0.99),
+        view_buckets=(1, 2, 5, 10, 17, 26, 37),
+        eval_every=500,
+        eval_samples=400,
+        save_every=250,
+    )

@@ -1,0 +1,69 @@
+import subprocess
+import sys
+import warnings
+
+import pytest
+
+import mmrstraj_jax
+from mmrstraj_jax.errors import UserError, run_command
+
+
+def _exit_code(main):
+    with pytest.raises(SystemExit) as stop:
+        run_command(main)
+    return stop.value.code
+
+
+def test_a_user_error_is_one_line_on_stderr_and_exit_code_2(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["command", "--steps", "3"])
+
+    def main(args):
+        assert args == ["--steps", "3"]
+        raise UserError("rows.json line 3: expected a list, got 7")
+
+    assert _exit_code(main) == 2
+    captured = capsys.readouterr()
+    assert captured.err == "error: rows.json line 3: expected a list, got 7\n" and captured.out == ""
+
+
+def test_exit_codes_of_main_are_kept(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["command"])
+    assert _exit_code(lambda args: None) == 0
+    assert _exit_code(lambda args: 75) == 75
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["command"])
+
+    def main(args):
+        raise KeyError("a bug of ours")
+
+    with pytest.raises(KeyError):
+        run_command(main)
+
+
+def test_user_error_is_public_and_a_value_error():
+    assert mmrstraj_jax.UserError is UserError and issubclass(UserError, ValueError)
+
+
+def test_deprecated_calls_by_our_modules_are_errors_and_others_are_not():
+    def deprecated_call_in(module):
+        warnings.warn_explicit("old", DeprecationWarning, f"{module}.py", 1, module=module)
+
+    with pytest.raises(DeprecationWarning):
+        deprecated_call_in("mmrstraj_jax.models.layers")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.filterwarnings("default", module="elsewhere")
+        deprecated_call_in("elsewhere")
+    assert len(seen) == 1
+
+
+def test_the_package_and_its_settings_import_without_jax():
+    heavy = "sys.exit(bool({'jax', 'tyro', 'torch'} & set(sys.modules)))"
+    code = f"import sys, mmrstraj_jax, mmrstraj_jax.config; {heavy}"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_an_unknown_attribute_of_the_package_is_named():
+    with pytest.raises(AttributeError, match="no attribute 'nope'"):
+        _ = mmrstraj_jax.nope
