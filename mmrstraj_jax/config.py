@@ -289,7 +289,8 @@ def small_model(config: Config, *, steps: int = 200, learning_rate: float = 1e-3
         anyres=config.anyres.for_views(vision.image_size, vision.patch_size),
         lora=dataclasses.replace(config.lora, dropout=0.0),
         optim=dataclasses.replace(config.optim, tower_lr=learning_rate, projector_lr=learning_rate),
-        view_buckets=(1, 2, 5, 10, 17, 26, 37),
+        view_buckets=(1, 2, 5, 7, 10, 17, 26, 37),
+        length_multiple=512,  # few programs: compiling costs more than the padding here
     )
 
 

@@ -1,0 +1,84 @@
+"""Devices: the mesh, the one table name -> PartitionSpec, and batches spread over devices.
+
+Axes `data` and `fsdp` always exist. The frozen model has no gradient and no optimizer state, so replicated
+weights and plain data parallel are the default; with fsdp > 1 weights are split too, never along the layer
+axis that the scan runs over. The batch is split over both axes.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mmrstraj_jax.errors import UserError
+
+BATCH_AXES = ("data", "fsdp")
+
+# First match wins: (pattern of the flat name, axis that fsdp splits). Stacked weights are [layers, out, in].
+FSDP_AXES: tuple[tuple[str, int | None], ...] = (
+    (r"\.layers\..*\.lora_A$", 2),  # [layers, r, in]: r is too small to split
+    (r"\.layers\..*\.(weight|lora_B)$", 1),
+    (r"\.(embed_tokens|lm_head)\.weight$", 1),  # [vocabulary, hidden]: a row lookup stays local
+    (r"^multi_modal_projector\..*\.weight$", 0),
+)
+
+
+def make_mesh(fsdp: int = 1) -> Mesh:
+    """A mesh over all devices: `fsdp` of them share one copy of the weights, the rest are data parallel.
+
+    Raises UserError: fsdp does not divide the number of devices.
+    """
+    devices = jax.device_count()
+    if fsdp < 1 or devices % fsdp:
+        raise UserError(f"fsdp {fsdp}: expected a divisor of the number of devices, {devices}")
+    # Auto: the compiler places collectives. make_mesh's own default differs between JAX versions.
+    return jax.make_mesh((devices // fsdp, fsdp), BATCH_AXES, axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def partition_spec(name: str, shape: tuple[int, ...], fsdp: int) -> P:
+    """Where fsdp splits the parameter of this flat name; an axis that fsdp does not divide stays whole."""
+    for pattern, axis in FSDP_AXES:
+        if re.search(pattern, name):
+            if fsdp > 1 and axis is not None and axis < len(shape) and shape[axis] % fsdp == 0:
+                return P(*(["fsdp" if i == axis else None for i in range(axis + 1)]))
+            break
+    return P()
+
+
+def parameter_shardings(tree: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
+    """Sharding of every leaf of a flat tree (arrays or ShapeDtypeStructs)."""
+    fsdp = mesh.shape["fsdp"]
+    return {name: NamedSharding(mesh, partition_spec(name, leaf.shape, fsdp)) for name, leaf in tree.items()}
+
+
+def shard_parameters(tree: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
+    """The same flat tree, placed on the mesh."""
+    return jax.device_put(dict(tree), parameter_shardings(tree, mesh))
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Any pytree, whole on every device."""
+    return jax.device_put(tree, NamedSharding(mesh, P()))
+
+
+def shard_batch(batch: Any, mesh: Mesh, *, batch_axis: int) -> Any:
+    """Host arrays -> device arrays split along batch_axis; each process hands in its own rows only.
+
+    None leaves stay None. The rows of the global batch must be a multiple of the number of devices.
+    """
+    sharding = NamedSharding(mesh, P(*[None] * batch_axis, BATCH_AXES))
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+
+
+def replicate_scalars(tree: Any, mesh: Mesh) -> Any:
+    """Puts scalars on the whole mesh and leaves arrays where they are: counters beside sharded moments."""
+    return jax.tree.map(lambda x: x if x.ndim else replicate(x, mesh), tree)
+
+
+def shardings_of(tree: Any) -> Any:
+    """Where each leaf of a tree of device arrays lies."""
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)

@@ -1,0 +1,279 @@
+"""What a run shows: its log, the parameter table, metrics.jsonl, TensorBoard, loss.png and the bar.
+
+Watching must never stop training: a sink that fails says so once and is switched off.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import tqdm
+
+from mmrstraj_jax.config import OptimConfig
+from mmrstraj_jax.training.optimizer import GROUPS, Tree, group_of, moment_bytes
+
+PARTS = ("vision_tower", "multi_modal_projector", "image_newline", "language_model")
+
+
+class Log:
+    """Lines to the terminal and, once it has a file, to log.txt; lines before that are kept for it."""
+
+    def __init__(self):
+        self._early: list[str] | None = []
+        self._file = None
+
+    def __call__(self, line: str) -> None:
+        tqdm.tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+        if self._early is not None:
+            self._early.append(line)
+        self._write(line)
+
+    def open(self, path: Path) -> None:
+        """Appends to path from here on."""
+        early, self._early = self._early or [], None
+        try:
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            self(f"WARNING: {path}: {error.strerror}; the log goes to the terminal only")
+        for line in early:
+            self._write(line)
+
+    def _write(self, line: str) -> None:
+        if self._file is None:
+            return
+        try:
+            self._file.write(line + "\n")
+            self._file.flush()
+        except OSError as error:
+            self._file = None
+            print(f"WARNING: log.txt is switched off: {error.strerror}", file=sys.stderr)
+
+
+def human_bytes(count: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def parameter_table(trainable: Tree, frozen: Tree, config: OptimConfig) -> list[str]:
+    """Lines "part, parameters, trainable, dtype, lr, bytes"; bytes of trained rows include gradient and
+    moments.
+    """
+    rows = [("part", "parameters", "trainable", "dtype", "lr", "bytes")]
+    totals = [0, 0, 0]
+    for part in PARTS:
+        for tree, trains in ((frozen, False), (trainable, True)):
+            leaves = {name: leaf for name, leaf in tree.items() if name.split(".")[0] == part}
+            if not leaves:
+                continue
+            count = sum(leaf.size for leaf in leaves.values())
+            size = sum(leaf.nbytes for leaf in leaves.values())
+            kind = ""
+            if trains:
+                size += moment_bytes(leaves) + 4 * count
+                kind = " (LoRA)" if all(".lora_" in name for name in leaves) else " (in full)"
+            rate = f"{getattr(config, GROUPS[group_of(part)]):g}" if trains else "frozen"
+            dtypes = "/".join(sorted({str(leaf.dtype) for leaf in leaves.values()}))
+            rows.append((part + kind, f"{count:,}", f"{count * trains:,}", dtypes, rate, human_bytes(size)))
+            totals = [a + b for a, b in zip(totals, (count, count * trains, size), strict=True)]
+    rows.append(("total", f"{totals[0]:,}", f"{totals[1]:,}", "", "", human_bytes(totals[2])))
+    widths = [max(len(row[at]) for row in rows) for at in range(6)]
+    align = ("<", ">", ">", "<", ">", ">")
+    return [
+        "  ".join(f"{cell:{a}{w}}" for cell, a, w in zip(row, align, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl; a last line that was cut off by a kill is left out."""
+    rows = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+    return rows
+
+
+class Meter:
+    """Turns a step's metrics into its row. Reading them waits for the device, so it is done one step late."""
+
+    def __init__(self):
+        self._ready = time.perf_counter()
+        self._waited = 0.0
+
+    def fetch(self, batches: Iterator) -> Iterator:
+        """The same iterator; the time spent waiting for it counts as data wait."""
+        while True:
+            begin = time.perf_counter()
+            try:
+                item = next(batches)
+            except StopIteration:
+                return
+            self._waited += time.perf_counter() - begin
+            yield item
+
+    def pause(self) -> None:
+        """Time up to now (evaluation, saving) belongs to no step."""
+        self._ready, self._waited = time.perf_counter(), 0.0
+
+    def row(self, step: int, metrics: Mapping[str, Any], num_samples: int) -> dict[str, Any]:
+        """Waits for the metrics of a step. samples_per_s and tokens_per_s count real rows and tokens, no
+        padding.
+        """
+        values = {key: value.item() for key, value in metrics.items()}
+        now = time.perf_counter()
+        seconds, waited = max(now - self._ready, 1e-9), self._waited
+        self._ready, self._waited = now, 0.0
+        rates = {
+            "samples_per_s": num_samples / seconds,
+            "tokens_per_s": values["tokens"] / seconds,
+            "seconds": seconds,
+            "data_wait": min(1.0, waited / seconds),
+        }
+        return {"step": step} | values | rates
+
+
+class Monitor:
+    """Sinks of one run. `row` takes one row a step; a row of a step that is already there never comes twice.
+
+    Args:
+        run_dir: the run directory.
+        start_step: finished steps; rows after it (lost in a crash, about to be redone) are removed.
+        total_steps: N.
+        log: takes one line of text.
+    """
+
+    def __init__(self, run_dir: Path, start_step: int, total_steps: int, log: Callable[[str], None]):
+        self._log, self._off = log, set()
+        self._path = run_dir / "metrics.jsonl"
+        self._plot_path, self._total = run_dir / "loss.png", total_steps
+        self.rows = [row for row in read_metrics(self._path) if row["step"] <= start_step]
+        self._writer = None
+        self._guarded("metrics.jsonl", self._rewrite)
+        self._guarded("TensorBoard", lambda: self._open_tensorboard(run_dir / "tb", start_step))
+        terminal = sys.stderr.isatty()
+        self._every = 1 if terminal else max(1, total_steps // 20)
+        self.bar = tqdm.tqdm(
+            total=total_steps, initial=start_step, unit="step", disable=not terminal, dynamic_ncols=True
+        )
+
+    def row(self, values: Mapping[str, Any]) -> None:
+        """Writes one step's row: step, loss, lr/<group>, grad_norm, samples_per_s, tokens_per_s, ..."""
+        values = {key: _plain(value) for key, value in values.items()}
+        self.rows.append(values)
+        self._guarded("metrics.jsonl", lambda: self._append(values))
+        self._guarded("TensorBoard", lambda: self._tensorboard(values))
+        self._guarded("bar", lambda: self._progress(values))
+
+    def amend(self, values: Mapping[str, Any]) -> None:
+        """Adds values that came later (an evaluation) to the last row."""
+        if not self.rows:
+            return
+        added = {key: _plain(value) for key, value in values.items()}
+        self.rows[-1] = self.rows[-1] | added
+        self._guarded("metrics.jsonl", self._rewrite)
+        self._guarded("TensorBoard", lambda: self._tensorboard(added | {"step": self.rows[-1]["step"]}))
+
+    def plot(self) -> None:
+        """Draws loss.png from all rows."""
+        self._guarded("loss.png", self._plot)
+
+    def close(self) -> None:
+        self.plot()
+        self._guarded("bar", self.bar.close)
+        if self._writer is not None:
+            self._guarded("TensorBoard", self._writer.close)
+
+    # ---- the sinks ----
+
+    def _guarded(self, name: str, write: Callable[[], None]) -> None:
+        if name in self._off:
+            return
+        try:
+            write()
+        except Exception as error:  # whatever a sink does wrong, training goes on without it
+            self._off.add(name)
+            self._log(f"WARNING: {name} is switched off: {type(error).__name__}: {error}")
+
+    def _rewrite(self) -> None:
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+        temporary.replace(self._path)
+
+    def _append(self, values: Mapping[str, Any]) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def _open_tensorboard(self, folder: Path, start_step: int) -> None:
+        from tensorboardX import SummaryWriter
+
+        # purge: viewers drop what a crashed attempt wrote after the checkpoint
+        self._writer = SummaryWriter(str(folder), purge_step=start_step + 1)
+
+    def _tensorboard(self, values: Mapping[str, Any]) -> None:
+        if self._writer is not None:
+            for key, value in values.items():
+                if isinstance(value, int | float) and key != "step":
+                    self._writer.add_scalar(key, value, values["step"])
+            self._writer.flush()
+
+    def _progress(self, values: Mapping[str, Any]) -> None:
+        rate = values["samples_per_s"]
+        shown = {
+            "loss": f"{values['loss']:.4f}",
+            "lr": "/".join(f"{v:.1e}" for k, v in values.items() if k.startswith("lr/")),
+            "samples/s": f"{rate:.2f}",
+            "tokens/s": f"{values['tokens_per_s']:.0f}",
+        }
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update(values["step"] - self.bar.n if not self.bar.disable else 0)
+        if self.bar.disable and (values["step"] % self._every == 0 or values["step"] in (1, self._total)):
+            remaining = (self._total - values["step"]) * values["seconds"]
+            text = ", ".join(f"{key} {value}" for key, value in shown.items())
+            self._log(f"step {values['step']}/{self._total}: {text}, {remaining:.0f} s left")
+
+    def _plot(self) -> None:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 4.5), dpi=120)  # not pyplot: it keeps global state and may want a display
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot(xlabel="step", ylabel="loss", title="Training loss")
+        losses = [(row["step"], row["loss"]) for row in self.rows if isinstance(row["loss"], int | float)]
+        held_out = [(row["step"], row["eval_loss"]) for row in self.rows if "eval_loss" in row]
+        if losses:
+            axes.plot(*zip(*losses, strict=True), color="#bbccee", linewidth=1, label="training, each step")
+            axes.plot(*zip(*_smooth(losses), strict=True), color="#224488", label="training, moving average")
+        if held_out:
+            axes.plot(*zip(*held_out, strict=True), "o-", color="#cc4422", label="held out")
+        if losses or held_out:
+            axes.legend()
+        axes.grid(alpha=0.3)
+        figure.tight_layout()
+        temporary = self._plot_path.with_suffix(".tmp.png")
+        figure.savefig(temporary)
+        temporary.replace(self._plot_path)
+
+
+def _smooth(points: list[tuple[int, float]], span: int = 20) -> list[tuple[int, float]]:
+    values = [loss for _, loss in points]
+    means = (values[max(0, at - span + 1) : at + 1] for at in range(len(values)))
+    return [(step, sum(part) / len(part)) for (step, _), part in zip(points, means, strict=True)]
+
+
+def _plain(value: Any) -> Any:
+    """Numbers that JSON can hold: a non-finite one becomes its name."""
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and value - value != 0:
+        return str(value)
+    return value

@@ -1,0 +1,337 @@
+"""The run directory: what it holds, whether a command may go on with it, and the model of a run.
+
+config.json      the whole Config, data only
+base.json        base weights: where they are, their fingerprint, a checksum per frozen leaf
+tokenizer/       metrics.jsonl   loss.png   tb/   checkpoints/<step>/   log.txt
+summary.json     written last: the run is finished
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mmrstraj_jax import config as configs
+from mmrstraj_jax.config import AnyResConfig, Config, ModelConfig
+from mmrstraj_jax.errors import UserError
+from mmrstraj_jax.models.layers import Linear, Trainable
+from mmrstraj_jax.models.lora import add_lora, merge_lora, train_in_full
+from mmrstraj_jax.models.mmrstraj import MMRSTraj
+from mmrstraj_jax.training import state as states
+from mmrstraj_jax.training.checkpoint import UNREADABLE, read_trainable
+from mmrstraj_jax.weights.load import load_model
+from mmrstraj_jax.weights.tokens import copy_tokenizer
+
+EMBEDDED = "embedded:tiny"  # in base.json: the weights that come with the package
+NOT_COMPARED = ("run_dir", "notes")  # may differ when a run goes on
+
+
+def embedded_weights() -> Path:
+    """The tiny model that ships with the package. Raises UserError where it was left out."""
+    folder = Path(__file__).parent.parent / "assets" / "tiny"
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder}: the embedded model is missing; install the package again, or name --weights"
+        )
+    return folder
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replaces the file in one step, so that a reader never sees half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises UserError: missing, or not a JSON object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"{path}: {error.strerror}; expected a run directory of mmrstraj_jax.train"
+        ) from error
+    except ValueError as error:
+        raise UserError(
+            f"{path}: not valid JSON ({error}); restore a copy, or name a new --run-dir"
+        ) from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return value
+
+
+def is_run(path: str | Path) -> bool:
+    """Whether a folder is a run directory."""
+    return (Path(path) / "base.json").is_file() and (Path(path) / "config.json").is_file()
+
+
+def read_config(run_dir: Path) -> Config:
+    """The config of a run. Raises UserError."""
+    return configs.from_dict(read_json(run_dir / "config.json"), str(run_dir / "config.json"))
+
+
+def status(run_dir: Path, config: Config) -> str:
+    """ "new", "resume" or "finished": what the same command finds in its run directory.
+
+    Raises UserError: the run there has another config (the differences are listed), or the path is no
+    folder for it.
+    """
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"{run_dir}: is a file; name a folder with --run-dir")
+    saved = [folder.name for folder in (run_dir / "checkpoints").glob("*") if folder.name[-1:].isdigit()]
+    if not any(name.isdigit() for name in saved):
+        if any(name.startswith(UNREADABLE) for name in saved):
+            raise UserError(
+                f"{run_dir}: all its checkpoints are unreadable; nothing is started over by itself: "
+                "restore a copy, or name a new --run-dir"
+            )
+        return "new"
+    if not is_run(run_dir):
+        raise UserError(f"{run_dir}: has checkpoints but no config.json and base.json; name a new --run-dir")
+    changed = [
+        line for line in configs.diff(read_config(run_dir), config) if line.split(":")[0] not in NOT_COMPARED
+    ]
+    if changed:
+        raise UserError(
+            f"{run_dir} holds a run with another config: {'; '.join(changed)}. "
+            "Give the same options to go on with it, or name a new --run-dir"
+        )
+    return "finished" if (run_dir / "summary.json").is_file() else "resume"
+
+
+# ---- the model of a run ----
+
+
+@dataclass(frozen=True)
+class Start:
+    """A model that is ready to train, or that a run has trained, and where it comes from."""
+
+    model: MMRSTraj  # adapters attached, trainables typed
+    config: ModelConfig
+    anyres: AnyResConfig  # of the run, at the view size of the tower
+    tokenizer_dir: Path | None
+    base: dict[str, Any]  # base.json
+    fresh: tuple[str, ...] = ()  # leaves that neither a file nor a run before has filled
+
+
+@dataclass(frozen=True)
+class OpenRun(Start):
+    """A Start whose trainables are those of a checkpoint."""
+
+    run_config: Config | None = None
+    step: int = 0
+
+
+def policy_of(config: Config, model: ModelConfig) -> AnyResConfig:
+    """The run's AnyRes policy at the view size of the tower that was loaded."""
+    view_size, patch_size = model.vision.image_size, model.vision.patch_size
+    if (config.anyres.view_size, config.anyres.patch_size) == (view_size, patch_size):
+        return config.anyres
+    return config.anyres.for_views(view_size, patch_size)
+
+
+def attach(model: MMRSTraj, config: Config) -> None:
+    """Gives a plain model what the config trains, in place. Raises UserError: a part twice, or an unknown
+    target.
+    """
+    for part in config.train_full:
+        if getattr(config.lora, part, ()):
+            raise UserError(
+                f"train_full {part}: has LoRA targets too, and would be trained twice; "
+                f"drop one of them (--lora.{part.replace('_', '-')} without a value means no target)"
+            )
+    train_in_full(model, config.train_full)
+    add_lora(model, config.lora, jax.random.fold_in(jax.random.key(config.seed), 1))
+
+
+def freeze(model: MMRSTraj, dtype: jnp.dtype) -> None:
+    """Turns every Trainable into a plain parameter of this dtype, in place; adapters must be merged
+    before.
+    """
+    for _, module in list(nnx.iter_modules(model)):
+        for name, value in list(vars(module).items()):
+            if isinstance(value, Trainable):
+                setattr(module, name, nnx.Param(value[...].astype(dtype)))
+
+
+def start(config: Config) -> Start:
+    """The model of a new run: base weights, or those of `init_from`, with what the config trains attached.
+
+    Raises UserError: weights that are missing or do not fit, adapters of another shape, a fresh projector
+    that LoRA would have to align.
+    """
+    if config.init_from is not None:
+        found = _start_from_run(config)
+    else:
+        found = _start_from_weights(config)
+    projector = [name for name in found.fresh if name.startswith("multi_modal_projector.")]
+    if projector and "projector" not in config.train_full:
+        raise UserError(
+            "the projector is fresh, and LoRA cannot align it: run stage 0 first "
+            "(--config stage0_align with the same --weights), then this with --init-from its run directory"
+        )
+    return found
+
+
+def _start_from_weights(config: Config) -> Start:
+    path = EMBEDDED if config.weights is None else absolute_weights(config.weights)
+    base = {"path": path, "fingerprint": "", "layout": "", "rebuild": None, "init_from": None}
+    loaded, base = _load_base(base, jnp.dtype(config.dtype), None)
+    attach(loaded.model, config)
+    policy = policy_of(config, loaded.config)
+    return Start(loaded.model, loaded.config, policy, loaded.tokenizer_dir, base, loaded.fresh)
+
+
+def _start_from_run(config: Config) -> Start:
+    folder = Path(config.init_from)
+    if not is_run(folder):
+        raise UserError(
+            f"--init-from {folder}: not a run directory; expected one with config.json and base.json"
+        )
+    previous = open_run(folder, dtype=config.dtype, weights=config.weights)
+    model, provenance = previous.model, {"run": str(folder.absolute()), "step": previous.step}
+    base = dict(previous.base, init_from=provenance)
+    if not config.merge_init and _same_trainables(previous.run_config, config):
+        for _, module in nnx.iter_modules(model):
+            if isinstance(module, Linear) and module.lora_A is not None:
+                module.lora_dropout = config.lora.dropout
+    else:
+        before = previous.run_config.lora
+        if not config.merge_init and (before.vision_tower or before.projector or before.language_model):
+            changed = [
+                line
+                for line in configs.diff(previous.run_config, config)
+                if line.startswith(("lora.", "train_full")) and not line.startswith("lora.dropout")
+            ]
+            raise UserError(
+                f"--init-from {folder}: its adapters are of another shape ({'; '.join(changed)}); give the "
+                "same options to continue them, or --merge-init to merge them and start new ones"
+            )
+        merge_lora(model)
+        freeze(model, jnp.dtype(config.dtype))
+        attach(model, config)
+        base["rebuild"] = provenance
+    policy = policy_of(config, previous.config)
+    return Start(model, previous.config, policy, previous.tokenizer_dir, base, previous.fresh)
+
+
+def _same_trainables(before: Config, after: Config) -> bool:
+    same_dropout = dataclasses.replace(before.lora, dropout=after.lora.dropout)
+    return same_dropout == after.lora and before.train_full == after.train_full
+
+
+def reopen(run_dir: Path, config: Config) -> Start:
+    """The model of a run as it was at step 0, without the values of its adapters: to resume it."""
+    base = read_json(run_dir / "base.json")
+    loaded, base = _load_base(base, jnp.dtype(config.dtype), None)
+    attach(loaded.model, config)
+    tokenizer = run_dir / "tokenizer"
+    return Start(loaded.model, loaded.config, policy_of(config, loaded.config), tokenizer, base)
+
+
+def open_run(
+    run_dir: str | Path,
+    *,
+    dtype: jnp.dtype | str | None = None,
+    step: int | str | None = None,
+    weights: str | None = None,
+) -> OpenRun:
+    """The model of a run directory with its trained values.
+
+    Args:
+        run_dir: of a finished or unfinished run.
+        dtype: of the frozen weights; None: the run's; "source": that of the files.
+        step: which checkpoint; None is the newest, "best" the one with the lowest held-out loss.
+        weights: where the base weights are now, if they were moved; the fingerprint must still fit.
+    Raises:
+        UserError: not a run directory, base weights missing or others than in training, no checkpoint.
+    """
+    run_dir = Path(run_dir)
+    config = read_config(run_dir)
+    dtype = config.dtype if dtype is None else dtype
+    loaded, base = _load_base(read_json(run_dir / "base.json"), dtype, weights)
+    attach(loaded.model, config)
+    graphdef, trainable, frozen = states.split(loaded.model)
+    step, trainable = read_trainable(run_dir / "checkpoints", trainable, step)
+    return OpenRun(
+        states.merge(graphdef, trainable, frozen),
+        loaded.config,
+        policy_of(config, loaded.config),
+        run_dir / "tokenizer",
+        base,
+        tuple(name for name in loaded.fresh if name not in trainable),
+        config,
+        step,
+    )
+
+
+def absolute_weights(path: str) -> str:
+    """A weights argument that still holds in another working directory; handles "siglip=DIR,qwen=DIR,...".
+
+    Raises UserError: a folder that does not exist, or a run directory.
+    """
+    if "=" in path and not Path(path).exists():
+        parts = (part.partition("=") for part in path.split(","))
+        return ",".join(f"{k}={v if v == 'fresh' else absolute_weights(v)}" for k, _, v in parts)
+    if not Path(path).exists():
+        raise UserError(f"--weights {path}: no such folder")
+    if is_run(path):
+        raise UserError(f"--weights {path}: is a run directory; continue it with --init-from {path}")
+    return str(Path(path).absolute())
+
+
+def _load_base(base: dict[str, Any], dtype: Any, weights: str | None) -> tuple[Any, dict[str, Any]]:
+    """(LoadedModel, base.json) of the weights below a run's adapters; fills in the fingerprint when it is
+    empty.
+    """
+    if base["rebuild"] is not None:
+        origin = base["rebuild"]
+        if not is_run(origin["run"]):
+            raise UserError(
+                f"{origin['run']}: no run directory any more, but this run was built on it; restore it"
+            )
+        previous = open_run(origin["run"], dtype=dtype, step=origin["step"], weights=weights)
+        merge_lora(previous.model)
+        freeze(
+            previous.model, jnp.dtype(previous.run_config.dtype) if dtype == "source" else jnp.dtype(dtype)
+        )
+        return previous, base
+    path = base["path"] if weights is None else absolute_weights(weights)
+    loaded = load_model(embedded_weights() if path == EMBEDDED else path, dtype=dtype)
+    if base["fingerprint"] and loaded.fingerprint != base["fingerprint"]:
+        raise UserError(
+            f"{path}: not the weights this run was trained on (fingerprint {loaded.fingerprint[:12]}, "
+            f"expected {base['fingerprint'][:12]}); restore them, or name their new place"
+        )
+    return loaded, base | {"path": path, "fingerprint": loaded.fingerprint, "layout": loaded.layout}
+
+
+# ---- writing a run directory ----
+
+
+def create(run_dir: Path, config: Config, base: dict[str, Any], tokenizer_dir: Path) -> None:
+    """Writes what every run directory begins with. Raises UserError: the folder cannot be written."""
+    try:
+        (run_dir / "tokenizer").mkdir(parents=True, exist_ok=True)
+        copy_tokenizer(tokenizer_dir, run_dir / "tokenizer")
+        write_json(run_dir / "base.json", base)
+        write_json(run_dir / "config.json", configs.to_dict(config))
+    except OSError as error:
+        raise UserError(
+            f"{run_dir}: {error.strerror or error}; name a folder that can be written with --run-dir"
+        ) from error
+
+
+def check_resumable(run_dir: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises UserError where the data behind the same config is no longer the same."""
+    changed = [f"{key} {saved.get(key)} -> {value}" for key, value in now.items() if saved.get(key) != value]
+    if changed:
+        raise UserError(
+            f"{run_dir}: the data changed since the run began ({', '.join(changed)}); restore it, "
+            "or name a new --run-dir"
+        )

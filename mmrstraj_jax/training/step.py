@@ -1,0 +1,114 @@
+"""The compiled programs of training: one step on an accumulated global batch, and one evaluation batch.
+
+Both are a single jax.jit over pure functions of flat trees. A: micro-batches, B: rows of one over all
+devices.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypedDict
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from mmrstraj_jax.config import Config
+from mmrstraj_jax.models.mmrstraj import Inputs
+from mmrstraj_jax.training.loss import RowLoss, chunk_positions, row_coefficients, supervised_loss
+from mmrstraj_jax.training.optimizer import Optimizer, OptState, Tree
+from mmrstraj_jax.training.state import merge
+
+
+class Batch(TypedDict):
+    """What collate makes of rows; training stacks micro-batches on a leading axis A."""
+
+    inputs: Inputs
+    positions: Int[Array, "B K"]
+    targets: Int[Array, "B K"]
+    weights: Float[Array, "B K"]
+    answer: Bool[Array, "B K"]
+
+
+TrainStep = Callable[[Tree, OptState, Tree, Batch, int], tuple[Tree, OptState, dict[str, Array]]]
+
+
+def _row_loss(model: nnx.Module, batch: Batch, key: Array | None, remat: str) -> RowLoss:
+    hidden = model.hidden_states(batch["inputs"], key, remat=remat)
+    vocab_size = model.language_model.config.vocab_size
+    return supervised_loss(
+        model.logits,
+        hidden,
+        batch["positions"],
+        batch["targets"],
+        batch["weights"],
+        batch["answer"],
+        chunk=chunk_positions(*batch["positions"].shape, vocab_size),
+    )
+
+
+def gradients(
+    graphdef: nnx.GraphDef, config: Config, trainable: Tree, frozen: Tree, batch: Batch, step: Int[Array, ""]
+) -> tuple[Float[Array, ""], Tree]:
+    """Loss of the accumulated batch [A, B, ...] and its float32 gradients with respect to the trainables
+    only.
+
+    The loss is linear in its rows (loss.row_coefficients), so micro-batches simply add up.
+    """
+    coefficients = row_coefficients(batch["weights"], config.loss_normalization, config.micro_batch_size)
+    key = None
+    if config.lora.dropout > 0:
+        # counts, not the generator's state: device count, accumulation and resume cannot change the masks
+        key = jax.random.fold_in(jax.random.key(config.seed), step)
+
+    def micro_loss(trainable: Tree, micro: Batch, coefficients: Float[Array, " B"]) -> Float[Array, ""]:
+        rows = _row_loss(merge(graphdef, trainable, frozen), micro, key, config.remat)
+        return jnp.sum(coefficients * rows.nll)
+
+    def accumulate(carry, scanned):
+        loss, grads = jax.value_and_grad(micro_loss)(trainable, *scanned)
+        return jax.tree.map(jnp.add, carry, (loss, grads)), None
+
+    zeros = (jnp.zeros(()), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), trainable))
+    (loss, grads), _ = lax.scan(accumulate, zeros, (batch, coefficients))
+    return loss, grads
+
+
+def build_step(
+    graphdef: nnx.GraphDef, optimizer: Optimizer, config: Config, *, placed: Any = None
+) -> TrainStep:
+    """step(trainable, opt_state, frozen, batch, step) -> (trainable, opt_state, metrics).
+
+    trainable and opt_state are donated, frozen never is. `step` is 0-based and traced. Metrics are scalars on
+    the device: loss, grad_norm, lr/<group>, skipped, targets (supervised tokens), tokens (without padding).
+
+    Args:
+        placed: shardings of (trainable, opt_state) that results keep. On several devices the compiler may
+            otherwise move a leaf, and the next step would be another program.
+    """
+
+    def train_step(trainable: Tree, opt_state: OptState, frozen: Tree, batch: Batch, step: Int[Array, ""]):
+        loss, grads = gradients(graphdef, config, trainable, frozen, batch, step)
+        trainable, opt_state, metrics = optimizer.update(grads, opt_state, trainable, loss, step)
+        metrics |= {
+            "loss": loss,
+            "targets": batch["weights"].sum().astype(jnp.int32),
+            "tokens": jnp.sum(batch["inputs"].lengths * (batch["weights"].sum(-1) > 0)),
+        }
+        return trainable, opt_state, metrics
+
+    shardings = {} if placed is None else {"out_shardings": (*placed, None)}
+    return jax.jit(train_step, donate_argnums=(0, 1), **shardings)
+
+
+def build_eval_step(graphdef: nnx.GraphDef, config: Config) -> Callable[[Tree, Tree, Batch], RowLoss]:
+    """eval_step(trainable, frozen, batch [B, ...]) -> RowLoss per row, without dropout.
+
+    `correct` is greedy exact match: under teacher forcing every answer token is the argmax exactly when
+    greedy decoding produces the answer.
+    """
+
+    def eval_step(trainable: Tree, frozen: Tree, batch: Batch) -> RowLoss:
+        return _row_loss(merge(graphdef, trainable, frozen), batch, None, "none")
+
+    return jax.jit(eval_step)
