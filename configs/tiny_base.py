@@ -1,7 +1,7 @@
 """The tiny base model that ships: every part trained on SynthCity's base split (domain A, general questions).
 
-NOT A RECIPE OF THE PAPER: it makes the stand-in for a pre-trained LLaVA-OneVision checkpoint. The tower starts from
-dense pre-training; the whole is run, phase by phase and resumable, by
+NOT A RECIPE OF THE PAPER: it makes the stand-in for a pre-trained LLaVA-OneVision checkpoint. The tower
+starts from dense pre-training; the whole is run, phase by phase and resumable, by
 
     python -m mmrstraj_jax.training.tiny_base --out mmrstraj_jax/assets/tiny
 """

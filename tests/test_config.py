@@ -24,7 +24,7 @@ from mmrstraj_jax.errors import UserError
 
 GOLDEN = Path(__file__).parent / "golden"
 CONFIGS = ("stage0_align", "stage1", "stage2")
-# Paper section 5.1, sentence by sentence; a name left out of it is a decision of spec/model.md section 9.
+# Paper section 5.1, sentence by sentence; a name left out of it is a decision of this project.
 PAPER_5_1 = {
     "epochs": "3",  # "fine-tuned for 3 epochs"
     "micro_batch_size": "1",  # "the batch size per device was set to 1"

@@ -10,7 +10,7 @@ class DecodeOptions:
     """How an answer is written. The defaults are plain argmax.
 
     Nothing is read from a checkpoint's generation_config: Qwen's ships a repetition penalty of 1.05 or 1.1,
-    active under do_sample=False (spec/model.md section 5), so "greedy" would not be greedy.
+    active under do_sample=False, so "greedy" would not be greedy.
 
     Raises:
         UserError: a value outside its range.

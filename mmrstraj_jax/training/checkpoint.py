@@ -5,6 +5,7 @@ One Orbax step folder `checkpoints/<step>/` holds the trainables (flat names), t
 updates.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,6 +49,8 @@ class Checkpoints:
             n=1,
             keep_checkpoints_without_metrics=False,
         )
+        # Most saves have no held-out loss, on purpose; Orbax warns at each of them
+        logging.getLogger("absl").addFilter(_expected_warning)
         options = ocp.CheckpointManagerOptions(
             # best_fn only makes Orbax keep metrics; which steps stay is the policy's decision
             best_fn=lambda metrics: metrics["eval_loss"],
@@ -195,6 +198,10 @@ def read_trainable(
                 if candidate != steps[0] and step is None:
                     say(f"WARNING: {problems[-1]}; taking the step before it")
     raise UserError(f"{problems[0]}; restore a copy, or name another step")
+
+
+def _expected_warning(record: logging.LogRecord) -> bool:
+    return "did not provide metrics" not in record.getMessage()
 
 
 def _first_line(error: Exception) -> str:

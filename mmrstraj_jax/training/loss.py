@@ -1,5 +1,4 @@
-"""Cross-entropy on supervised positions only; the full [B, L, W] logits never exist (spec/model.md section
-5).
+"""Cross-entropy on supervised positions only; the full [B, L, W] logits never exist.
 
 The host finds the supervised positions (`data/collate.py`); here they are gathered along each row, never
 across the sharded batch axis, and scored a chunk at a time.

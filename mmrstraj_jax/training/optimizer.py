@@ -1,4 +1,4 @@
-"""AdamW with a learning rate per group and one shared schedule (paper 5.1, spec/model.md section 6.3).
+"""AdamW with a learning rate per group and one shared schedule (paper section 5.1).
 
 Trees here are flat: {"vision_tower.layers.mlp.fc1.lora_A": array, ...}. Groups follow the name, as in LLaVA:
 vision_tower -> optim.tower_lr, multi_modal_projector -> optim.projector_lr, everything else ->

@@ -2,8 +2,8 @@
 
     python -m mmrstraj_jax.training.tiny_base --out mmrstraj_jax/assets/tiny --work runs/tiny_base
 
-Phases, each resumable by the same command: the base split and the tokenizer; the tower on dense ground truth; the
-language model and projector on a frozen tower; everything together; the result as bfloat16.
+Phases, each resumable by the same command: the base split and the tokenizer; the tower on dense ground truth;
+the language model and projector on a frozen tower; everything together; the result as bfloat16.
 """
 
 import argparse
@@ -105,7 +105,7 @@ def main(args: list[str]) -> None:
     parser.add_argument("--images", type=int, default=12000)
     parser.add_argument("--tower-steps", type=int, default=3000)
     parser.add_argument("--frozen-steps", type=int, default=1200)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--until", choices=("tower", "frozen"), help="stop after this phase")
     options = parser.parse_args(args)
     if options.out.exists():
@@ -125,7 +125,8 @@ def main(args: list[str]) -> None:
     if options.until == "frozen":
         return
     config = tiny_config(work)
-    train_phase(work, "joint", folder, steps=options.steps)
+    # Smaller batches: at this size the number of updates limits what is learned, not the number of images
+    train_phase(work, "joint", folder, steps=options.steps, batch_size=4, micro_batch_size=4, eval_every=1000)
     save_plain(open_run(work / "joint").model, config, options.out, jnp.bfloat16, work)
     size = sum(path.stat().st_size for path in options.out.iterdir())
     count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(open_run(work / "joint").model)))

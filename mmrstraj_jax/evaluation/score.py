@@ -1,0 +1,212 @@
+"""From predictions to scores.json: captions by metric, answers by rule (and judge), baselines beside both."""
+
+import dataclasses
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmrstraj_jax.errors import UserError
+from mmrstraj_jax.evaluation import captions, readers, stats, traffic, vqa
+from mmrstraj_jax.evaluation.judge import Judge
+from mmrstraj_jax.evaluation.readers import Item
+from mmrstraj_jax.evaluation.tasks import TEXTS, Task
+
+CONTROLS = 24  # decided answers that a judge is tried on, half of them correct
+
+
+def score(
+    task: Task,
+    items: Sequence[Item],
+    predictions: Mapping[str, str],
+    *,
+    train: Sequence[Item] = (),
+    judge: Judge | None = None,
+    meteor: str | None = "meteor15",
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(scores, one row per item: verdict and rule, or the caption's own metrics).
+
+    train: items whose references the caption baselines are taken from; without them from the evaluated
+    references themselves, and named so.
+    """
+    texts = [item for item in items if item.type in TEXTS]
+    questions = [item for item in items if item.type not in TEXTS]
+    scores: dict[str, Any] = {"task": task.name, "n": len(items)}
+    rows: list[dict[str, Any]] = []
+    if texts:
+        scores["captions"], found = _captions(task, texts, predictions, train, meteor)
+        rows += found
+    if questions:
+        scores["questions"], found = _questions(task, questions, predictions, judge)
+        rows += found
+    return scores, rows
+
+
+# ---- captions ----
+
+
+def _captions(task, items, predictions, train, meteor) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    groups = {kind: [i for i in items if i.type == kind] for kind in dict.fromkeys(i.type for i in items)}
+    if task.name == "levir-cc":
+        groups["changed"] = [i for i in items if i.meta.get("changed")]
+        groups["unchanged"] = [i for i in items if i.meta.get("changed") is False]
+    result, rows = {}, []
+    for name, group in groups.items():
+        if not group:
+            continue
+        references = {item.id: item.references for item in group}
+        done = captions.score(references, {i: predictions[i] for i in references}, meteor=meteor)
+        entry = {
+            "n": done.n,
+            "metrics": done.metrics,
+            "references_per_item": done.references_per_item,
+            "mean_length": done.mean_length,
+            "mean_reference_length": done.mean_reference_length,
+            "tokenizer": done.tokenizer,
+            "document_frequencies": done.document_frequencies,
+            "notes": done.notes,
+            "baselines": _baselines(group, [i for i in train if i.type == name] or list(train), meteor),
+        }
+        if task.name == "levir-cc" and "meteor15" in done.metrics:
+            parts = [done.metrics[m] for m in ("bleu4", "meteor15", "rouge_l", "cider_d")]
+            entry["metrics"]["s_m"] = sum(parts) / 4  # S*m of RSICC, raw like the others
+        if name == "description":
+            pairs = [(predictions[item.id], item.references[0]) for item in group]
+            entry["traffic"] = traffic.table(pairs)
+        result[name] = entry
+        if name in TEXTS:
+            for at, ident in enumerate(done.ids):
+                rows.append({"id": ident, "type": name} | {m: v[at] for m, v in done.per_item.items()})
+    return result, rows
+
+
+def _baselines(items: Sequence[Item], train: Sequence[Item], meteor: str | None) -> dict[str, Any]:
+    """One constant caption, and the nearest training image's caption where the images are there."""
+    references = {item.id: item.references for item in items}
+    pool = list(train) or list(items)
+    source = "training captions" if train else "the evaluated references themselves (chosen in hindsight)"
+    constant = captions.constant_caption([item.references for item in pool])
+    done = captions.score(references, dict.fromkeys(references, constant), meteor=meteor)
+    found = {"constant": {"caption": constant, "from": source, "metrics": done.metrics}}
+    if train and all(p.is_file() for item in (*train, *items) for p in item.images):
+        nearest = captions.nearest_captions([i.references for i in train], _features(train), _features(items))
+        done = captions.score(references, dict(zip(references, nearest, strict=True)), meteor=meteor)
+        features = "8 x 8 colour thumbnails"
+        found["nearest"] = {"features": features, "from": "training captions", "metrics": done.metrics}
+    return found
+
+
+def _features(items: Sequence[Item]) -> np.ndarray:
+    """[items, dim]: what a picture looks like from far away; no network involved."""
+    from PIL import Image
+
+    rows = []
+    for item in items:
+        thumbs = []
+        for path in item.images:
+            with Image.open(path) as image:
+                image.draft("RGB", (64, 64))
+                thumbs.append(
+                    np.asarray(image.convert("RGB").resize((8, 8), Image.Resampling.BOX), np.float32)
+                )
+        rows.append(np.concatenate(thumbs).ravel() - 127.5)
+    return np.stack(rows)
+
+
+# ---- questions ----
+
+
+def _questions(task, items, predictions, judge) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    exact = task.scorer.startswith("rsvqa")
+    same = {item.id: _same(task, item) for item in items}
+    closed: dict[str, set[str]] = {}
+    for item in items:
+        closed.setdefault(item.type, set()).add(vqa.plain(item.references[0]))
+
+    def verdicts(answers: Mapping[str, str]) -> dict[str, vqa.Verdict]:
+        return {item.id: _verdict(task, item, answers[item.id], closed) for item in items}
+
+    by_rule = verdicts(predictions)
+    final = {name: verdict.value for name, verdict in by_rule.items()}
+    rows = [
+        {"id": i.id, "type": i.type, "verdict": final[i.id], "rule": by_rule[i.id].rule, "judge": None}
+        for i in items
+    ]
+    result: dict[str, Any] = {"scorer": "exact match in Lobry's bins" if exact else "rules"}
+    if judge is not None and not exact:
+        result["scorer"] = "rules, then judge"
+        result["judge"] = _ask_judge(judge, items, predictions, by_rule, final, rows)
+    majority, blind = (
+        {name: v.value for name, v in verdicts(answers).items()}
+        for answers in (stats.majority_answers(items, same), stats.blind_answers(items, same))
+    )
+    table = stats.table(items, final, majority, blind)
+    result |= {
+        "types": [dataclasses.asdict(row) for row in table.rows],
+        "micro": dataclasses.asdict(table.micro),
+        "macro": table.macro,
+        "macro_types": table.macro_types,
+        "rules": dict(Counter(f"{v.rule}: {v.value}" for v in by_rule.values()).most_common()),
+    }
+    if exact:
+        part = [i for i in items if not i.meta.get("numeric", i.type in ("count", "area"))]
+        result["non_numeric"] = dataclasses.asdict(
+            stats.row("non-numeric (micro)", [final[i.id] for i in part], [majority[i.id] for i in part],
+                      [blind[i.id] for i in part])
+        )  # fmt: skip
+    return result, rows
+
+
+def _same(task: Task, item: Item) -> str:
+    return item.references[0] if task.scorer.startswith("rsvqa") else vqa.plain(item.references[0])
+
+
+def _verdict(task: Task, item: Item, answer: str, closed: Mapping[str, set[str]]) -> vqa.Verdict:
+    if task.scorer.startswith("rsvqa"):
+        variant = task.scorer.removeprefix("rsvqa-")
+        read = readers.rsvqa_bin(answer, item.type, variant)
+        if not read:  # empty, or no number where one is asked for
+            return vqa.Verdict("undecided", "unparsed")
+        return vqa.Verdict("correct" if read == item.references[0] else "wrong", "exact")
+    return vqa.judge(item.type, item.question or "", item.references[0], answer, closed[item.type])
+
+
+def _ask_judge(judge, items, predictions, by_rule, final, rows) -> dict[str, Any]:
+    """Fills what the rules left open, in place; a decided verdict is never touched."""
+    decided = {value: [i for i in items if by_rule[i.id].value == value] for value in ("correct", "wrong")}
+    draw = random.Random(0)
+    controls = []
+    for value, group in decided.items():
+        for item in draw.sample(group, min(CONTROLS // 2, len(group))):
+            controls.append((item.question or "", item.references[0], predictions[item.id], value))
+    if len({value for *_, value in controls}) < 2:
+        raise UserError(
+            "the judge cannot be tried: the rules decided no correct or no wrong answer; leave it out"
+        )
+    agreed, asked = judge.check(controls)
+    count: Counter = Counter()
+    for item, row in zip(items, rows, strict=True):
+        if final[item.id] != "undecided":
+            continue
+        reply = judge.verdict(item.question or "", item.references[0], predictions[item.id])
+        row["judge"] = reply.value
+        count[reply.value] += 1
+        if reply.value in ("correct", "wrong"):
+            final[item.id] = row["verdict"] = reply.value
+        else:
+            row["judge_why"] = reply.why
+    return {
+        "model": judge.model,
+        "cache": str(Path(judge.cache).name),
+        "controls": {"agreed_with_rules": agreed, "asked": asked, "believed": bool(judge.trusted)},
+        "asked": sum(count.values()),
+        "replies": dict(count),
+    }
+
+
+def unit(row: Mapping[str, Any]) -> float:
+    """One item's score for a paired comparison: 1 or 0 for an answer (undecided 0), ROUGE_L for a text."""
+    return float(row["verdict"] == "correct") if "verdict" in row else float(row["rouge_l"])

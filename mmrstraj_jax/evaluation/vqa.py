@@ -1,0 +1,237 @@
+"""Rules for short answers to questions about images: correct, wrong, or undecided, and by which rule.
+
+The rule is picked from the words of question and reference, not from the type alone, because published types
+have errors. Undecided means that the rules do not know; a judge may be asked (evaluation.judge), and nobody
+counts it as right or wrong. How answers are labelled is in docs/evaluation.md, and so is the confusion table.
+"""
+
+import re
+from collections.abc import Callable, Collection
+from typing import NamedTuple
+
+from mmrstraj_jax.evaluation.rules import choices, numbers, places, polarity
+from mmrstraj_jax.evaluation.rules.text import (
+    answer_clauses,
+    content,
+    normalise,
+    refuses,
+    stem,
+    words_of,
+)
+
+VERDICTS = ("correct", "wrong", "undecided")
+
+
+_HEDGE = frozenset("could might may possibly perhaps maybe either".split())
+
+
+class Verdict(NamedTuple):
+    """What a rule found; `rule` names it."""
+
+    value: str  # one of VERDICTS
+    rule: str
+
+
+class _Case(NamedTuple):
+    type: str
+    question: str
+    reference: str
+    prediction: str
+    asked: list[list[str]]  # clauses of the reference
+    said: list[list[str]]  # clauses of the prediction
+    words: list[str]  # of the question
+
+
+# A rule returns None when it is not its kind of question; else a verdict, None inside meaning undecided.
+_Rule = Callable[[_Case], tuple[str | None] | None]
+
+
+def _number(case: _Case) -> tuple[str | None] | None:
+    if not (
+        "how many" in normalise(case.question)
+        or "number of" in normalise(case.question)
+        or case.type in ("quantity", "count")
+    ):
+        return None
+    subject = numbers.subject_of(case.question)
+    reference = numbers.read(case.asked, subject)
+    if reference is None:
+        return None
+    answer = numbers.read(case.said, subject)
+    if answer is None and any(polarity.explicit(words) is False for words in case.said):
+        answer = numbers.Amount(0, 0)
+    return (numbers.judge(reference, answer) if answer else None,)
+
+
+def _comparison(case: _Case) -> tuple[str | None] | None:
+    pair = choices.compared(case.question)
+    if pair is None:
+        return None
+    if polarity.is_question(case.question) and " or " not in normalise(case.question):
+        reference, answer = (
+            _yes_or_larger(clauses, case.question, pair) for clauses in (case.asked, case.said)
+        )
+    else:
+        reference, answer = choices.larger(case.asked, pair), choices.larger(case.said, pair)
+    if reference is None:
+        return None
+    return (None if answer is None else "correct" if answer == reference else "wrong",)
+
+
+def _yes_or_larger(
+    clauses: list[list[str]], question: str, pair: tuple[list[str], list[str], bool]
+) -> int | None:
+    """Which is larger, where "yes" means that A is what the question asks whether it is."""
+    said = {e for words in clauses if (e := polarity.explicit(words)) is not None}
+    if len(said) == 1:
+        return int(said.pop() != pair[2])
+    larger = None if said else choices.larger(clauses, pair)
+    if larger is None and not said and polarity.bare_claim(clauses) is not None:
+        return int(polarity.bare_claim(clauses) != pair[2])
+    return larger
+
+
+def _choice(case: _Case) -> tuple[str | None] | None:
+    pair = choices.options(case.question)
+    if pair is None:
+        return None
+    reference = choices.choose(case.asked, pair)
+    if reference is None:
+        return None
+    answer = choices.choose(case.said, pair)
+    return (None if answer is None else "correct" if answer == reference else "wrong",)
+
+
+def _polarity(case: _Case) -> tuple[str | None] | None:
+    bare = [polarity.explicit(words) for words in case.asked]
+    if not polarity.is_question(case.question):
+        # "Where is the tennis court?" - "No."
+        if bare != [False]:
+            return None
+        cells = places.read_cells(case.said, [])
+        denied = any({"no", "not", "none"} & set(words) for words in case.said)
+        return ("correct" if denied and not cells else "wrong" if cells and not denied else None,)
+    reference = polarity.read(case.asked, case.question)
+    if reference is None:
+        return None
+    answer = polarity.read(case.said, case.question)
+    return (None if answer is None else "correct" if answer == reference else "wrong",)
+
+
+def _color(case: _Case) -> tuple[str | None] | None:
+    if not {"color", "colors"} & set(case.words):
+        return None
+    subject = choices.color_subject(case.question)
+    reference = choices.read_colors(case.asked, subject)
+    if reference is None:
+        return None
+    if case.prediction.count("?") > 1:
+        return (None,)
+    answer = choices.read_colors(case.said, subject)
+    if not answer:
+        return (None,)
+    found = choices.judge_colors(reference[0], *answer)
+    if found == "wrong" and re.search(r"ish\b", normalise(case.prediction)) and reference[0] < answer[0]:
+        return (None,)  # "reddish brown" for brown
+    return (found,)
+
+
+def _road(case: _Case) -> tuple[str | None] | None:
+    if case.type not in ("road_ori", "direction") and not {"direction", "orientation", "oriented"} & set(
+        case.words
+    ):
+        return None
+    reference = places.read_axes(case.reference)
+    if reference is None:
+        return None
+    answer = places.read_axes(case.prediction)
+    return (places.judge_axes(reference, answer) if answer else None,)
+
+
+def _relation(case: _Case) -> tuple[str | None] | None:
+    pair = places.entities(case.question)
+    if pair is None:
+        return None
+    reference = places.read_relation(case.asked, pair)
+    if reference is None:
+        return None
+    if any({"neither", "nowhere"} & set(words) for words in case.said):
+        return ("wrong",)
+    answer = places.read_relation(case.said, pair)
+    return (places.judge_cells(reference, answer) if answer else None,)
+
+
+def _place(case: _Case) -> tuple[str | None] | None:
+    asks = {"where", "part", "corner", "position", "location", "side", "located"} & set(case.words)
+    if not asks and case.type not in ("ab_position", "re_position"):
+        return None
+    subject = content(case.words)[:3]
+    subject = [
+        w for w in subject if stem(w) not in ("position", "corner", "location", "relative", "cut", "off")
+    ][:2]
+    reference = places.read_cells(case.asked, subject)
+    if reference is None:
+        return None
+    answer = places.read_cells(case.said, subject)
+    if answer is None:
+        return ("wrong" if places.at_edge(case.said) and reference == {("", "")} else None,)
+    return (places.judge_cells(reference, answer),)
+
+
+def _open(case: _Case) -> tuple[str | None]:
+    return (choices.judge_open(case.asked, case.said),)
+
+
+_RULES: tuple[tuple[str, _Rule], ...] = (
+    ("number", _number),
+    ("comparison", _comparison),
+    ("choice", _choice),
+    ("polarity", _polarity),
+    ("color", _color),
+    ("road", _road),
+    ("relation", _relation),
+    ("place", _place),
+    ("open", _open),
+)
+
+
+def judge(type: str, question: str, reference: str, prediction: str, known: Collection[str] = ()) -> Verdict:
+    """Judges one answer on its meaning, given the question.
+
+    Args:
+        type: RSIEval's question type or another set's; a hint only.
+        known: all answers of a closed set (normalised by `plain`); an answer that is another one of them is
+            wrong where no other rule applies.
+    """
+    if plain(prediction) == plain(reference) and plain(prediction):
+        return Verdict("correct", "equal")
+    said = answer_clauses(prediction, question)
+    asked = answer_clauses(reference, question)
+    case = _Case(type, question, reference, prediction, asked, said, words_of(question))
+    if not asked and refuses(reference):
+        return _unknowable(case)
+    if not said:
+        return Verdict("undecided", "no answer")
+    if sum(bool(_HEDGE & set(words)) for words in said) > 1:
+        return Verdict("undecided", "hedged")
+    for name, rule in _RULES:
+        found = rule(case)
+        if found is None:
+            continue
+        if name == "open" and found[0] is None and plain(prediction) in known:
+            return Verdict("wrong", "closed set")
+        return Verdict(found[0] or "undecided", name)
+    raise AssertionError("the last rule always answers")
+
+
+def _unknowable(case: _Case) -> Verdict:
+    """The reference itself says that one cannot tell."""
+    committed = any(polarity.explicit(words) is not None for words in case.said)
+    if refuses(case.prediction):
+        return Verdict("undecided" if committed else "correct", "refusal")
+    return Verdict("wrong" if committed or len(case.said) == 1 else "undecided", "refusal")
+
+
+def plain(text: str) -> str:
+    """An answer without case, end marks, articles and number: what makes two short answers equal."""
+    return " ".join(stem(w) for w in words_of(text) if w not in ("a", "an", "the"))
