@@ -100,6 +100,25 @@ class Embedding(nnx.Module):
         self.weight = nnx.Param(normal(rngs.params(), (rows, dim), dim**-0.5, dtype))
 
 
+@jax.custom_vjp
+def _scores(hidden: Float[Array, "*B H"], head: Float[Array, "V H"]) -> Float[Array, "*B V"]:
+    """float32 products. Left to autodiff, a float32 cotangent turns the whole bfloat16 head into float32."""
+    return jnp.einsum("...h,vh->...v", hidden, head, preferred_element_type=jnp.float32)
+
+
+def _scores_forward(hidden, head):
+    return _scores(hidden, head), (hidden, head)
+
+
+def _scores_backward(kept, gradient):
+    hidden, head = kept
+    gradient = gradient.astype(hidden.dtype)
+    return jnp.einsum("...v,vh->...h", gradient, head), jnp.einsum("...v,...h->vh", gradient, hidden)
+
+
+_scores.defvjp(_scores_forward, _scores_backward)
+
+
 class Qwen2(nnx.Module):
     """Embeddings in, hidden states out; `logits` is apart, so that callers score only what they need."""
 
@@ -122,8 +141,7 @@ class Qwen2(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*B H"]) -> Float[Array, "*B V"]:
         """float32 logits of any hidden states."""
-        head = self.head().astype(hidden.dtype)
-        return jnp.einsum("...h,vh->...v", hidden, head, preferred_element_type=jnp.float32)
+        return _scores(hidden, self.head().astype(hidden.dtype))
 
     def __call__(
         self,

@@ -1,0 +1,82 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmrstraj_jax.models import attention as module
+
+attention = jax.jit(module.attention, static_argnames="is_causal")
+reference_attention = jax.jit(module.reference_attention)
+
+TOLERANCE = {jnp.float32: 2e-6, jnp.bfloat16: 2e-2}
+
+
+def qkv(query_heads, kv_heads, query_len=7, key_len=7, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = (3, query_len, query_heads, 8), (3, key_len, kv_heads, 8), (3, key_len, kv_heads, 8)
+    return [jax.random.normal(key, shape).astype(dtype) for key, shape in zip(keys, shapes, strict=True)]
+
+
+def close(actual, expected):
+    tolerance = TOLERANCE[actual.dtype.type]
+    np.testing.assert_allclose(np.float32(actual), np.float32(expected), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    "heads, is_causal, dtype",
+    [
+        ((4, 4), False, jnp.float32),
+        ((4, 2), True, jnp.float32),
+        ((4, 1), False, jnp.bfloat16),
+        ((4, 2), True, jnp.bfloat16),
+    ],
+)
+def test_plain_and_grouped(heads, is_causal, dtype):
+    q, k, v = qkv(*heads, dtype=dtype)
+    mask = jnp.ones((3, 7, 7), bool)
+    mask = jnp.tril(mask) if is_causal else mask
+    actual = attention(q, k, v, is_causal=is_causal)
+    assert actual.dtype == dtype
+    close(actual, reference_attention(q, k, v, mask))
+
+
+@pytest.mark.parametrize("query_len", [1, 7])
+def test_kv_lengths(query_len):
+    q, k, v = qkv(4, 2, query_len=query_len)
+    lengths = jnp.asarray([1, 4, 7])
+    mask = jnp.broadcast_to((jnp.arange(7) < lengths[:, None])[:, None], (3, query_len, 7))
+    actual = attention(q, k, v, is_causal=False, kv_lengths=lengths)
+    close(actual, reference_attention(q, k, v, mask))
+    # What lies behind a row's length is never read.
+    beyond = (jnp.arange(7) >= lengths[:, None])[..., None, None]
+    changed = attention(
+        q, jnp.where(beyond, 1e4, k), jnp.where(beyond, 1e4, v), is_causal=False, kv_lengths=lengths
+    )
+    np.testing.assert_array_equal(changed, actual)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_segments(is_causal):
+    q, k, v = qkv(4, 2)
+    segments = jnp.asarray([[0, 0, 0, 1, 1, 1, 1], [0, 1, 2, 3, 4, 5, 6], [0] * 7])
+    mask = segments[:, :, None] == segments[:, None]
+    mask = mask & jnp.tril(jnp.ones((7, 7), bool)) if is_causal else mask
+    close(attention(q, k, v, is_causal=is_causal, segment_ids=segments), reference_attention(q, k, v, mask))
+
+
+def test_head_groups_are_consecutive():
+    """Query head g reads KV head g // (Hq / Hkv), not g % Hkv."""
+    q, k, v = qkv(4, 2)
+    v = v.at[:, :, 0].set(1.0).at[:, :, 1].set(2.0)
+    out = attention(q, k, v, is_causal=True)
+    np.testing.assert_allclose(out[:, :, :, 0], np.broadcast_to([1.0, 1.0, 2.0, 2.0], (3, 7, 4)), rtol=1e-6)
+
+
+def test_gradients():
+    q, k, v = qkv(4, 2)
+    mask = jnp.tril(jnp.ones((3, 7, 7), bool))
+    weight = jax.random.normal(jax.random.key(1), q.shape)
+    actual = jax.grad(lambda *x: (weight * attention(*x, is_causal=True)).sum(), (0, 1, 2))(q, k, v)
+    expected = jax.grad(lambda *x: (weight * reference_attention(*x, mask)).sum(), (0, 1, 2))(q, k, v)
+    for one, other in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=5e-6)
