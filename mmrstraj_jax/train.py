@@ -120,6 +120,10 @@ def train(config: Config, overridden: frozenset[str] = frozenset()) -> Path:
             meter.pause()
             return scores
 
+        if first == 0 and "eval" not in base:  # what training has to beat
+            base = base | {"eval": score(0)}
+            run.write_json(run_dir / "base.json", base)
+
         # Loop: the metrics of a step are read while the next one computes
         stop.arm()
         scores: dict[str, float] = {}
@@ -158,7 +162,11 @@ def train(config: Config, overridden: frozenset[str] = frozenset()) -> Path:
         checkpoints.wait()
         monitor.plot()
         best = best_step(run_dir / "checkpoints")
-        run.write_json(run_dir / "summary.json", {"steps": total, "best_step": best} | scores)
+        summary = {"steps": total, "best_step": best, "before": base["eval"]} | scores
+        run.write_json(run_dir / "summary.json", summary)
+        for name in ("eval_loss", "eval_accuracy"):
+            if name in scores:
+                log(f"held-out {name.removeprefix('eval_')}: {base['eval'][name]:.4f} -> {scores[name]:.4f}")
         log(
             f"The run lies in {run_dir} ({jax.device_count()} {jax.default_backend()} device(s), "
             f"{total} steps)"

@@ -196,10 +196,12 @@ def test_a_signal_saves_at_the_next_step_boundary(world, straight, tmp_path, mon
 @pytest.mark.faults
 def test_stopped_in_the_last_evaluation_goes_on_with_it(world, straight, tmp_path, monkeypatch):
     config = settings(world, tmp_path / "run", eval_every=0)
-    real = setup.eval_batches
+    real, passes = setup.eval_batches, []
 
     def signalled(loader):
-        os.kill(os.getpid(), signal.SIGTERM)
+        passes.append(loader)
+        if len(passes) == 2:  # the first is before training
+            os.kill(os.getpid(), signal.SIGTERM)
         yield from real(loader)
 
     with monkeypatch.context() as patch:
@@ -210,6 +212,7 @@ def test_stopped_in_the_last_evaluation_goes_on_with_it(world, straight, tmp_pat
     train(config)
     summaries = [json.loads((d / "summary.json").read_text()) for d in (tmp_path / "run", straight[0])]
     assert summaries[0]["eval_loss"] == summaries[1]["eval_loss"]
+    assert summaries[0]["before"] == summaries[1]["before"] != {}
 
 
 @pytest.mark.faults

@@ -237,7 +237,8 @@ class Monitor:
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(values["step"] - self.bar.n if not self.bar.disable else 0)
         if self.bar.disable and (values["step"] % self._every == 0 or values["step"] in (1, self._total)):
-            remaining = (self._total - values["step"]) * values["seconds"]
+            recent = [row["seconds"] for row in self.rows[-20:]]
+            remaining = (self._total - values["step"]) * sum(recent) / len(recent)
             text = ", ".join(f"{key} {value}" for key, value in shown.items())
             self._log(f"step {values['step']}/{self._total}: {text}, {remaining:.0f} s left")
 
