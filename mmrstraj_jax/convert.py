@@ -98,7 +98,7 @@ def _open(source: str, adapter_dir: str | None, dtype: str) -> _Opened:
             found.anyres,
             found.tokenizer_dir,
             base,
-            {},
+            found.unused,
             settings.lora,
             settings.train_full,
         )

@@ -175,7 +175,8 @@ def load(
         count = len(records.rows) - start
         if not count:
             found = records.problems[first_problem:]
-            raise UserError(f"{path}: no valid row; {found[0].message if found else 'the file is empty'}")
+            first = f"{len(found)} bad, the first: {found[0]}" if found else "the file is empty"
+            raise UserError(f"{path}: no valid row; {first}")
         records.sources.append(Source(path, weight, start, count))
     return records
 

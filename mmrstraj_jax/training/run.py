@@ -8,6 +8,7 @@ summary.json     written last: the run is finished
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,9 @@ class OpenRun(Start):
 
     run_config: Config | None = None
     step: int = 0
+    unused: Mapping[str, Any] = dataclasses.field(
+        default_factory=dict
+    )  # of the base: weights.load.LoadedModel
 
 
 def policy_of(config: Config, model: ModelConfig) -> AnyResConfig:
@@ -267,6 +271,7 @@ def open_run(
         tuple(name for name in loaded.fresh if name not in trainable),
         config,
         step,
+        loaded.unused,
     )
 
 
