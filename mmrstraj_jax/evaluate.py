@@ -107,7 +107,8 @@ def main(args: list[str]) -> int:
 
         return report.compare_command(args[1:]) if args[0] == "compare" else report.report_command(args[1:])
     options = _arguments(args)
-    from mmrstraj_jax.evaluation import jsonl, predict, report, score, tasks
+    from mmrstraj_jax import jsonl
+    from mmrstraj_jax.evaluation import predict, report, score, tasks
     from mmrstraj_jax.evaluation.judge import Judge
 
     task, out = tasks.get(options.task), _out(options)

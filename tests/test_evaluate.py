@@ -11,9 +11,9 @@ import weights_case
 from PIL import Image
 from test_judge import server  # noqa: F401  a fixture
 
-from mmrstraj_jax import evaluate
+from mmrstraj_jax import evaluate, jsonl
 from mmrstraj_jax.errors import UserError
-from mmrstraj_jax.evaluation import jsonl, predict, tasks
+from mmrstraj_jax.evaluation import predict, tasks
 from mmrstraj_jax.evaluation.readers import Item
 
 VQA = tasks.TASKS["rsieval-vqa"]

@@ -8,8 +8,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from mmrstraj_jax import jsonl
 from mmrstraj_jax.errors import UserError
-from mmrstraj_jax.evaluation import jsonl, score
+from mmrstraj_jax.evaluation import score
 from mmrstraj_jax.evaluation.judge import UNPARSED, Judge
 from mmrstraj_jax.evaluation.readers import Item
 from mmrstraj_jax.evaluation.tasks import TASKS

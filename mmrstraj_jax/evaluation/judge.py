@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mmrstraj_jax import jsonl
 from mmrstraj_jax.errors import UserError
-from mmrstraj_jax.evaluation import jsonl
 
 UNPARSED = "unparsed"
 _TRUST = 0.75  # share of control answers a judge must get right; tossing a coin gets half

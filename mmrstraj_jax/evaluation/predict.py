@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+from mmrstraj_jax import jsonl
 from mmrstraj_jax.errors import UserError
-from mmrstraj_jax.evaluation import jsonl
 from mmrstraj_jax.evaluation.readers import Item, require_images
 from mmrstraj_jax.evaluation.tasks import Task
 

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
+from mmrstraj_jax import jsonl
 from mmrstraj_jax.errors import UserError
-from mmrstraj_jax.evaluation import jsonl, predict, published, stats
+from mmrstraj_jax.evaluation import predict, published, stats
 from mmrstraj_jax.evaluation.score import unit
 from mmrstraj_jax.evaluation.tasks import TASKS, TEXTS
 

@@ -1,0 +1,380 @@
+"""Readers of published trajectory formats, each to `Trajectory`; facts and licences in the data cards.
+
+A broken file or a missing column raises; a broken row is counted in the report with its file and line.
+Files are read in sorted order. Times end as UTC seconds: `utc_offset` (hours) is the clock of a source that
+names no zone.
+"""
+
+import csv
+import dataclasses
+import json
+import sys
+import xml.etree.ElementTree as ElementTree
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmrstraj_jax.construction import geodesy
+from mmrstraj_jax.construction.trajectories import Report, Trajectory
+from mmrstraj_jax.errors import UserError
+
+FIELDS = ("id", "user", "mode", "time", "lat", "lon", "accuracy")
+GRAB_COLUMNS = {
+    "id": "trj_id",
+    "mode": "driving_mode",
+    "time": "pingtimestamp",
+    "lat": "rawlat",
+    "lon": "rawlng",
+    "accuracy": "accuracy",
+}
+WORLDTRACE_COLUMNS = {"time": "time", "lat": "latitude", "lon": "longitude"}
+GENERIC_COLUMNS = {name: name for name in ("id", "time", "lat", "lon")}
+_MILLISECONDS = 1e11  # as seconds: the year 5138
+
+
+def read(
+    path: str | Path,
+    format: str,
+    report: Report,
+    *,
+    columns: Mapping[str, str] | None = None,
+    utc_offset: float | None = None,
+    datum: str = "wgs84",
+) -> Iterator[Trajectory]:
+    """Trips of a file, or of every file of the format below a folder.
+
+    Args:
+      format: geolife, grab, porto, tdrive, gotrack, gpx, worldtrace or csv.
+      report: counts dropped rows under "malformed row", "no time" and "missing data".
+      columns: csv only: {field: column name} with time, lat, lon and, where there are any, id, user,
+        mode, accuracy; default: id, time, lat and lon are called so. Without id a file is a trip.
+      utc_offset: hours local times are ahead of UTC; None: the format's (T-Drive 8, go_track -3, else 0).
+      datum: "gcj02" turns Chinese map positions into WGS-84. GeoLife and T-Drive are WGS-84 already.
+    Raises:
+      UserError: unknown format, nothing to read, a file that is not of the format, a missing column, parquet
+        without pyarrow.
+    """
+    if format not in READERS:
+        raise UserError(f"trajectory format {format!r}: expected one of {', '.join(READERS)}")
+    if datum not in ("wgs84", "gcj02"):
+        raise UserError(f"datum {datum!r}: expected wgs84 or gcj02")
+    if columns is not None and format != "csv":
+        raise UserError(f"columns: a column map goes with the format csv, not with {format}")
+    suffixes, own_offset, reader = READERS[format]
+    offset = 3600 * (own_offset if utc_offset is None else utc_offset)
+    files = _files(Path(path), suffixes, format)
+    for file in files:
+        for trip in reader(file, report, offset) if columns is None else _csv(file, report, offset, columns):
+            if datum == "gcj02":
+                lat, lon = geodesy.gcj02_to_wgs84(trip.lat, trip.lon)
+                trip = dataclasses.replace(trip, lat=lat, lon=lon)
+            # ids are unique inside a file only: parts of an export cut trips
+            prefixed = len(files) > 1 and format in ("grab", "csv") and trip.id != file.stem
+            yield trip.take(slice(None), id=f"{file.stem}/{trip.id}") if prefixed else trip
+
+
+def _files(path: Path, suffixes: tuple[str, ...], format: str) -> list[Path]:
+    if path.is_file():
+        return [path]
+    found = sorted(file for suffix in suffixes for file in path.rglob(f"*{suffix}") if file.is_file())
+    if not found:
+        problem = (
+            "no such file or folder" if not path.exists() else f"no {' or '.join(suffixes)} file below it"
+        )
+        raise UserError(f"{path}: {problem}; expected {format} trajectories")
+    return found
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(number, line); bytes that are no UTF-8 spoil their row only."""
+    try:
+        with path.open(encoding="utf-8-sig", errors="replace", newline=None) as file:
+            yield from enumerate(file, 1)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; expected a readable file") from None
+
+
+def seconds(text: Any, offset: float) -> float:
+    """UTC seconds of a number (seconds, or milliseconds from 1e11 on) or of a date and time.
+
+    A time with its own zone ignores `offset`. Raises ValueError.
+    """
+    if isinstance(text, datetime):
+        moment = text
+    else:
+        try:
+            value = float(text)
+        except (TypeError, ValueError):
+            moment = datetime.fromisoformat(str(text).strip().replace("/", "-"))
+        else:
+            return value / 1000 if abs(value) >= _MILLISECONDS else value
+    if moment.tzinfo is not None:
+        return moment.timestamp()
+    return moment.replace(tzinfo=UTC).timestamp() - offset
+
+
+class _Trips:
+    """Fixes collected per trip, in the order in which trips first appear; rows of trips may be mixed."""
+
+    def __init__(self, source: Path):
+        self.source = str(source)
+        self.fixes: dict[str, tuple[array, ...]] = {}
+        self.about: dict[str, dict[str, Any]] = {}
+
+    def add(self, id: str, line: int, time: float, lat: float, lon: float, accuracy=np.nan, **about) -> None:
+        if id not in self.fixes:
+            self.fixes[id] = tuple(array("d") for _ in range(4))
+            self.about[id] = {"line": line, **about}
+        for values, value in zip(self.fixes[id], (time, lat, lon, accuracy), strict=True):
+            values.append(value)
+
+    def __iter__(self) -> Iterator[Trajectory]:
+        for id, fixes in self.fixes.items():
+            time, lat, lon, accuracy = (np.array(values) for values in fixes)
+            known = None if np.isnan(accuracy).all() else accuracy
+            yield Trajectory(id, time, lat, lon, source=self.source, accuracy=known, **self.about[id])
+
+
+def _add_rows(
+    trips: _Trips, rows: Iterable[tuple[int, Mapping]], columns: Mapping, report: Report, offset: float
+):
+    """Rows as mappings of column name -> value; a row that does not parse is counted."""
+    name = {field: columns.get(field) for field in FIELDS}
+    stem = Path(trips.source).stem
+    for line, row in rows:
+        try:
+            time = seconds(row[name["time"]], offset)
+            lat, lon = float(row[name["lat"]]), float(row[name["lon"]])
+            accuracy = row[name["accuracy"]] if name["accuracy"] else None
+            accuracy = np.nan if accuracy in (None, "") else float(accuracy)
+            id = str(row[name["id"]]).strip() if name["id"] else stem
+            if not id or row[name["id"] or name["time"]] is None:
+                raise ValueError("no id")
+        except (TypeError, ValueError):
+            report.drop("malformed row", 1, f"{trips.source}: line {line}")
+            continue
+        about = {field: str(row[name[field]] or "").strip() for field in ("user", "mode") if name[field]}
+        trips.add(id, line, time, lat, lon, accuracy, **about)
+
+
+def _rows(path: Path, needed: Iterable[str]) -> Iterator[tuple[int, dict]]:
+    """(line, row) of a CSV with a header. Quoted polylines of a day are longer than csv's default limit."""
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    reader = csv.reader(line for _, line in _lines(path))
+    try:
+        header = [name.strip() for name in next(reader, [])]
+        missing = [name for name in needed if name not in header]
+        if missing:
+            raise UserError(
+                f"{path}: no column {', '.join(missing)}; expected them among {', '.join(header)[:200]}"
+            )
+        for row in reader:
+            if row:
+                # a short row lacks values, a long one has unquoted commas: neither can be trusted
+                values = row if len(row) == len(header) else [None] * len(header)
+                yield reader.line_num, dict(zip(header, values, strict=True))
+    except csv.Error as error:
+        raise UserError(f"{path}: line {reader.line_num}: {error}; expected a CSV file") from None
+
+
+def _csv(path: Path, report: Report, offset: float, columns: Mapping[str, str]) -> Iterable[Trajectory]:
+    wrong = sorted(set(columns) - set(FIELDS)) or sorted({"time", "lat", "lon"} - set(columns))
+    if wrong:
+        raise UserError(
+            f"columns: {', '.join(wrong)}; expected time, lat, lon and of {', '.join(FIELDS)} any"
+        )
+    trips = _Trips(path)
+    _add_rows(trips, _rows(path, columns.values()), columns, report, offset)
+    return trips
+
+
+def _grab(path: Path, report: Report, offset: float) -> Iterable[Trajectory]:
+    """Grab-Posisi: parquet parts or their CSV export, rows in no order; a trip cut by a part is two."""
+    if path.suffix != ".parquet":
+        return _csv(path, report, offset, GRAB_COLUMNS)
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise UserError(
+            f"{path}: parquet needs pyarrow: pip install 'mmrstraj-jax[geo]', or export CSV"
+        ) from None
+    file = parquet.ParquetFile(path)
+    missing = sorted(set(GRAB_COLUMNS.values()) - set(file.schema_arrow.names))
+    if missing:
+        raise UserError(f"{path}: no column {', '.join(missing)}; expected Grab-Posisi's columns")
+    trips, line = _Trips(path), 0
+    for batch in file.iter_batches(columns=list(GRAB_COLUMNS.values())):
+        _add_rows(trips, enumerate(batch.to_pylist(), line + 1), GRAB_COLUMNS, report, offset)
+        line += batch.num_rows
+    return trips
+
+
+def _worldtrace(path: Path, report: Report, offset: float) -> Iterable[Trajectory]:
+    return _csv(path, report, offset, WORLDTRACE_COLUMNS)
+
+
+def _generic(path: Path, report: Report, offset: float) -> Iterable[Trajectory]:
+    return _csv(path, report, offset, GENERIC_COLUMNS)
+
+
+# ---- GeoLife ----
+
+
+def _labels(path: Path, report: Report) -> list[tuple[float, float, str]]:
+    """Sorted (start, end, mode) of a user's labels.txt, whose times are GMT like those of the traces."""
+    spans = []
+    for number, line in _lines(path) if path.is_file() else ():
+        cells = line.rstrip("\n").split("\t")
+        if number == 1 or not line.strip():
+            continue
+        try:
+            start, end, mode = cells
+            spans.append((seconds(start, 0), seconds(end, 0), mode.strip()))
+        except ValueError:
+            report.drop("malformed row", 1, f"{path}: line {number}")
+    return sorted(spans)
+
+
+def _geolife(path: Path, report: Report, offset: float) -> Iterator[Trajectory]:
+    """GeoLife 1.3: 6 header lines; lat, lon, 0, altitude in feet (-777: unknown; unused), days, date, time.
+
+    A trace with several labelled modes becomes one trip for each stretch of one mode.
+    """
+    user_folder = path.parent.parent if path.parent.name == "Trajectory" else path.parent
+    user = user_folder.name
+    trips = _Trips(path)
+    for number, line in _lines(path):
+        if number == 1 and not line.startswith("Geolife"):
+            raise UserError(f"{path}: line 1 is {line.strip()[:40]!r}; expected 'Geolife trajectory'")
+        if number <= 6 or not line.strip():
+            continue
+        try:
+            lat, lon, _, _, _, date, time = line.split(",")
+            trips.add(path.stem, number, seconds(f"{date} {time.strip()}", offset), float(lat), float(lon))
+        except ValueError:
+            report.drop("malformed row", 1, f"{path}: line {number}")
+    spans = _labels(user_folder / "labels.txt", report)
+    starts = [start for start, _, _ in spans]
+    for trip in trips:
+        modes = []
+        for time in trip.time:
+            at = bisect_right(starts, time) - 1
+            modes.append(spans[at][2] if at >= 0 and time <= spans[at][1] else "")
+        cuts = [i for i in range(1, len(modes)) if modes[i] != modes[i - 1]]
+        for part, (a, b) in enumerate(zip([0, *cuts], [*cuts, len(modes)], strict=True)):
+            name = f"{user}/{trip.id}" + (f"#{part}" if cuts else "")
+            yield trip.take(slice(a, b), id=name, user=user, mode=modes[a])
+
+
+# ---- taxis ----
+
+
+def _porto(path: Path, report: Report, offset: float) -> Iterator[Trajectory]:
+    """Porto (ECML-PKDD 2015): one row a trip, POLYLINE a quoted JSON list of [lon, lat], one each 15 s."""
+    seen = set()
+    for line, row in _rows(path, ("TRIP_ID", "TAXI_ID", "TIMESTAMP", "MISSING_DATA", "POLYLINE")):
+        where = f"{path}: line {line}"
+        try:
+            points = np.array(json.loads(row["POLYLINE"]), np.float64).reshape(-1, 2)
+            start = seconds(row["TIMESTAMP"], offset)
+        except (TypeError, ValueError):
+            report.drop_trip("malformed row", 1, where)
+            continue
+        if row["MISSING_DATA"].strip().lower() == "true" or not len(points):
+            report.drop_trip("missing data", len(points), where)
+            continue
+        time = start + 15.0 * np.arange(len(points))
+        about = {"user": row["TAXI_ID"], "mode": "taxi", "source": str(path), "line": line}
+        # the published file has some ids twice
+        id = row["TRIP_ID"] if row["TRIP_ID"] not in seen else f"{row['TRIP_ID']}#{line}"
+        seen.add(id)
+        yield Trajectory(id, time, points[:, 1], points[:, 0], **about)
+
+
+def _tdrive(path: Path, report: Report, offset: float) -> Iterable[Trajectory]:
+    """T-Drive: `<taxi>.txt` without header: taxi, local date and time, longitude, latitude."""
+    trips = _Trips(path)
+    for number, line in _lines(path):
+        try:
+            taxi, time, lon, lat = line.split(",")
+            fix = seconds(time, offset), float(lat), float(lon)
+        except ValueError:
+            if line.strip():
+                report.drop("malformed row", 1, f"{path}: line {number}")
+            continue
+        trips.add(taxi.strip(), number, *fix, user=taxi.strip(), mode="taxi")
+    return trips
+
+
+def _gotrack(path: Path, report: Report, offset: float) -> Iterable[Trajectory]:
+    """UCI GPS Trajectories (id 354): go_track_trackspoints.csv, modes from go_track_tracks.csv beside it.
+
+    Aracaju's clock, UTC-3, is assumed: the set does not say.
+    """
+    if path.name != "go_track_trackspoints.csv":
+        return []
+    modes, users = {}, {}
+    tracks = path.with_name("go_track_tracks.csv")
+    for _, row in _rows(tracks, ("id", "id_android", "car_or_bus")):
+        modes[row["id"]] = {"1": "car", "2": "bus"}.get(row["car_or_bus"], "")
+        users[row["id"]] = row["id_android"] or ""
+    columns = {"id": "track_id", "time": "time", "lat": "latitude", "lon": "longitude"}
+    trips = _Trips(path)
+    _add_rows(trips, _rows(path, columns.values()), columns, report, offset)
+    for id, about in trips.about.items():
+        about.update(mode=modes.get(id, ""), user=users.get(id, ""))
+    return trips
+
+
+def _gpx(path: Path, report: Report, offset: float) -> Iterable[Trajectory]:
+    """GPX 1.0 and 1.1: every track segment is a trip, its mode the track's <type>. Fixes need a time."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; expected a GPX file") from None
+    # a document type is never needed and is how entities grow to gigabytes
+    if b"<!DOCTYPE" in content or b"<!ENTITY" in content or content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise UserError(f"{path}: a document type or UTF-16; expected plain GPX in UTF-8")
+    try:
+        root = ElementTree.fromstring(content)
+    except ElementTree.ParseError as error:
+        raise UserError(f"{path}: {error}; expected a GPX file") from None
+    if root.tag.rpartition("}")[2] != "gpx":
+        raise UserError(f"{path}: root element {root.tag.rpartition('}')[2]!r}; expected gpx")
+    trips = _Trips(path)
+    segments = 0
+    for track in root.iterfind("{*}trk"):
+        mode = (track.findtext("{*}type") or "").strip()
+        for segment in track.iterfind("{*}trkseg"):
+            for number, point in enumerate(segment.iterfind("{*}trkpt"), 1):
+                where = f"{path}: segment {segments}, point {number}"
+                time = point.findtext("{*}time")
+                if not time:
+                    report.drop("no time", 1, where)
+                    continue
+                try:
+                    fix = seconds(time, offset), float(point.get("lat", "")), float(point.get("lon", ""))
+                except ValueError:
+                    report.drop("malformed row", 1, where)
+                    continue
+                trips.add(f"{path.stem}/{segments}", 0, *fix, mode=mode)
+            segments += 1
+    return trips
+
+
+Reader = Callable[[Path, Report, float], Iterable[Trajectory]]
+READERS: dict[str, tuple[tuple[str, ...], float, Reader]] = {  # suffixes, hours ahead of UTC, reader
+    "geolife": ((".plt",), 0.0, _geolife),
+    "grab": ((".parquet", ".csv"), 0.0, _grab),
+    "porto": ((".csv",), 0.0, _porto),
+    "tdrive": ((".txt",), 8.0, _tdrive),
+    "gotrack": (("go_track_trackspoints.csv",), -3.0, _gotrack),
+    "gpx": ((".gpx",), 0.0, _gpx),
+    "worldtrace": ((".csv",), 0.0, _worldtrace),
+    "csv": ((".csv",), 0.0, _generic),
+}
