@@ -18,7 +18,7 @@ GOLDEN = [  # lat, lon, zoom, tile x, tile y: by mercantile 1.2.1
     (-85.05, 179.9999, 7, 127, 127),
     (41.15, -8.61, 18, 124802, 98139),
 ]
-# spec/data_and_evaluation.md 5.1: city latitude, m/px at zoom 18 and 19, metres of 512 px
+# Published ground resolutions: city latitude, m/px at zoom 18 and 19, metres of 512 px
 RESOLUTIONS = [
     (34.05, 0.4948, 0.2474, 253, 127),
     (1.35, 0.5970, 0.2985, 306, 153),
