@@ -200,6 +200,7 @@ def _start_from_run(config: Config) -> Start:
     previous = open_run(folder, dtype=config.dtype, weights=config.weights)
     model, provenance = previous.model, {"run": str(folder.absolute()), "step": previous.step}
     base = dict(previous.base, init_from=provenance)
+    base.pop("eval", None)  # that was measured before the previous run
     if not config.merge_init and _same_trainables(previous.run_config, config):
         for _, module in nnx.iter_modules(model):
             if isinstance(module, Linear) and module.lora_A is not None:
