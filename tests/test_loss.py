@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from mmrstraj_jax.models.qwen2 import _scores
 from mmrstraj_jax.training.loss import MAX_LOGITS, chunk_positions, row_coefficients, supervised_loss
 
 B, L, K, H, W = 3, 9, 7, 8, 20
@@ -103,3 +104,18 @@ def test_chunks_stay_under_the_cap():
     assert chunk_positions(1, 150, 152064) == 150
     assert chunk_positions(8, 1024, 152064) * 8 * 152064 <= MAX_LOGITS
     assert chunk_positions(4096, 8, 152064) == 1
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_heads_own_backward_is_that_of_the_plain_product(tied):
+    hidden = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 8)), jnp.float32)
+    head = jnp.asarray(np.random.default_rng(1).normal(size=(11, 8)), jnp.float32)
+
+    def loss(scores, hidden, head):
+        hidden = hidden + head[:3] if tied else hidden  # tied: rows of the head are embeddings, too
+        return jax.nn.logsumexp(scores(hidden, head), axis=-1).sum()
+
+    plain = jax.grad(lambda h, w: loss(lambda a, b: jnp.einsum("...h,vh->...v", a, b), h, w), (0, 1))
+    ours = jax.jit(jax.grad(lambda h, w: loss(_scores, h, w), (0, 1)))
+    for mine, theirs in zip(ours(hidden, head), plain(hidden, head), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-6)

@@ -107,16 +107,19 @@ def _scores(hidden: Float[Array, "*B H"], head: Float[Array, "V H"]) -> Float[Ar
 
 
 def _scores_forward(hidden, head):
-    return _scores(hidden, head), (hidden, head)
+    # symbolic_zeros tells whether the head is differentiated at all; a frozen one has no gradient to build
+    kept = hidden.value if head.perturbed else None
+    return _scores(hidden.value, head.value), (kept, head.value)
 
 
-def _scores_backward(kept, gradient):
-    hidden, head = kept
-    gradient = gradient.astype(hidden.dtype)
-    return jnp.einsum("...v,vh->...h", gradient, head), jnp.einsum("...v,...h->vh", gradient, hidden)
+def _scores_backward(residuals, gradient):
+    hidden, head = residuals
+    gradient = gradient.astype(head.dtype)
+    for_head = None if hidden is None else jnp.einsum("...v,...h->vh", gradient, hidden)
+    return jnp.einsum("...v,vh->...h", gradient, head), for_head
 
 
-_scores.defvjp(_scores_forward, _scores_backward)
+_scores.defvjp(_scores_forward, _scores_backward, symbolic_zeros=True)
 
 
 class Qwen2(nnx.Module):
