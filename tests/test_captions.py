@@ -178,6 +178,7 @@ def test_separators_of_meteors_protocol_are_kept_out_of_captions():
     assert java._field("a ||| b\nc\u2028d") == "a b c d"
 
 
+@pytest.mark.slow  # a clock on a shared machine is no default test
 def test_1000_captions_take_less_than_two_seconds_of_one_core():
     references, predictions = dataset(1000)
     start = time.process_time()  # not the clock: the machine may be busy
