@@ -39,6 +39,11 @@ def make_mesh(fsdp: int = 1) -> Mesh:
     return jax.make_mesh((devices // fsdp, fsdp), BATCH_AXES, axis_types=(AxisType.Auto, AxisType.Auto))
 
 
+def local_mesh() -> Mesh:
+    """A mesh over the devices of this process alone: no program on it waits for another process."""
+    return Mesh(np.asarray(jax.local_devices())[:, None], BATCH_AXES)
+
+
 def partition_spec(name: str, shape: tuple[int, ...], fsdp: int) -> P:
     """Where fsdp splits the parameter of this flat name; an axis that fsdp does not divide stays whole."""
     for pattern, axis in FSDP_AXES:

@@ -1,4 +1,4 @@
-"""Answers for many prompts: batches of like shapes, the next one read while the device writes.
+"""Answers for many prompts: batches of like shapes over all local devices, the next one read meanwhile.
 
 Results come in the order in which they finish. A prompt's answer does not depend on its neighbours: padding
 is on the right, random keys belong to the prompt.
@@ -8,6 +8,9 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+from jax.sharding import Mesh
+
+from mmrstraj_jax import parallel
 from mmrstraj_jax.config import AnyResConfig, Config, ModelConfig
 from mmrstraj_jax.data.collate import Example
 from mmrstraj_jax.errors import UserError
@@ -33,15 +36,25 @@ class Completion(NamedTuple):
 class Engine:
     """One model, its policy, and how many prompts it reads at a time."""
 
-    def __init__(self, model: MMRSTraj, config: ModelConfig, policy: AnyResConfig, *, batch_size: int = 8):
+    def __init__(
+        self,
+        model: MMRSTraj,
+        config: ModelConfig,
+        policy: AnyResConfig,
+        *,
+        batch_size: int = 8,
+        mesh: Mesh | None = None,
+    ):
         """
         Args:
             config: its eos_token_ids end an answer.
-            batch_size: most rows of a batch; smaller ones are filled up to a power of two (few programs).
+            batch_size: most rows of a device; fewer are filled up to a power of two (few programs).
+            mesh: the devices to use; default: all of this process.
         """
         if batch_size < 1:
             raise UserError(f"batch_size {batch_size}: expected 1 or more")
-        self.decoder = Decoder(model, config.eos_token_ids)
+        self.decoder = Decoder(model, config.eos_token_ids, mesh or parallel.local_mesh())
+        self.devices = self.decoder.mesh.size
         self.config, self.policy, self.batch_size = config, policy, batch_size
 
     def complete(self, requests: Sequence[Request], options: DecodeOptions) -> Iterator[Completion]:
@@ -55,7 +68,8 @@ class Engine:
         for request, shape in zip(requests, shapes, strict=True):
             self._check_budget(request, shape.length, options)
         order = sorted(range(len(requests)), key=lambda at: (-shapes[at].views, -shapes[at].length, at))
-        batches = [order[at : at + self.batch_size] for at in range(0, len(order), self.batch_size)]
+        rows = self.batch_size * self.devices
+        batches = [order[at : at + rows] for at in range(0, len(order), rows)]
         with ThreadPoolExecutor(max_workers=1) as reader:
             due = reader.submit(self._read, requests, batches[0]) if batches else None
             for number, batch in enumerate(batches):
@@ -86,7 +100,8 @@ class Engine:
     def _pieces(self, requests, examples, numbers, options: DecodeOptions, **how):
         """Decoder.tokens of a batch, filled up with rows that write nothing."""
         budgets = [request.max_new_tokens or options.max_new_tokens for request in requests]
-        spare = min(1 << (len(examples) - 1).bit_length(), self.batch_size) - len(examples)
+        share = -(-len(examples) // self.devices)  # rows of a device
+        spare = self.devices * min(1 << (share - 1).bit_length(), self.batch_size) - len(examples)
         inputs = prompts.model_batch(
             [*examples, *[None] * spare],
             self.config,
