@@ -19,7 +19,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from mmrstraj_jax.errors import UserError
-from mmrstraj_jax.synthcity import captions, traffic
+from mmrstraj_jax.synthcity import captions, traffic, vocabulary
 from mmrstraj_jax.synthcity.city import CELLS, City, make_city
 from mmrstraj_jax.synthcity.labels import Labels, labels
 from mmrstraj_jax.synthcity.palette import make_look
@@ -156,10 +156,10 @@ def general_questions(
     return _in_turn(by_type, s, balancer, limit)
 
 
-def traffic_questions(truth: Truth, s: Stream, balancer: Balancer, limit: int) -> list[Question]:
-    """Up to `limit` balanced traffic questions, one of each type in turn."""
+def traffic_questions(facts: dict, s: Stream, balancer: Balancer, limit: int) -> list[Question]:
+    """Up to `limit` balanced traffic questions on traffic.facts_of, one of each type in turn."""
     by_type: dict[str, list] = {}
-    for q in s.shuffled(list(traffic.questions(traffic.facts_of(truth), s))):
+    for q in s.shuffled(list(traffic.questions(facts, s))):
         by_type.setdefault(q.type, []).append(q)
     return _in_turn(list(by_type.values()), s, balancer, limit)
 
@@ -194,8 +194,9 @@ def training_turns(
     """The turns of one training row: questions in random order, often with the caption at the front."""
     truth = sample.truth
     if kind == "traffic" and not s.chance(REHEARSAL):
-        turns = [(q.question, q.answer) for q in traffic_questions(truth, s, balancer, limit)]
-        text = (s.choice(traffic.PROMPTS), traffic.describe(traffic.facts_of(truth), s))
+        facts = traffic.facts_of(truth, sample.view)
+        turns = [(q.question, q.answer) for q in traffic_questions(facts, s, balancer, limit)]
+        text = (s.choice(traffic.PROMPTS), traffic.describe(facts, s))
     else:
         found = general_questions(truth, s, balancer, limit, with_drills=kind == "base")
         turns = [(q.question, q.answer) for q in found]
@@ -213,15 +214,16 @@ def training_rows(sample: Sample, s: Stream, kind: str, balancer: Balancer, limi
     if kind == "base" and s.chance(TEXT_ROWS):
         yield {
             "id": f"{sample.id}-text",
-            "conversations": conversation(traffic.vocabulary(s), with_image=False),
+            "conversations": conversation(vocabulary.text_row(s), with_image=False),
         }
 
 
 def evaluation_rows(sample: Sample, s: Stream, kind: str, balancer: Balancer, limit: int) -> Iterator[dict]:
     """Single-turn rows with "type" and "truth", the caption or description last."""
     if kind == "eval_traffic":
-        found = traffic_questions(sample.truth, s, balancer, limit)
-        text = (s.choice(traffic.PROMPTS), traffic.describe(traffic.facts_of(sample.truth), s), "description")
+        facts = traffic.facts_of(sample.truth, sample.view)
+        found = traffic_questions(facts, s, balancer, limit)
+        text = (s.choice(traffic.PROMPTS), traffic.describe(facts, s), "description")
     else:
         found = general_questions(sample.truth, s, balancer, limit, with_drills=False)
         text = (s.choice(captions.PROMPTS), captions.caption(sample.truth, s), "caption")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mmrstraj_jax.synthcity import traffic
+from mmrstraj_jax.synthcity import vocabulary
 from mmrstraj_jax.synthcity.questions import Balancer
 from mmrstraj_jax.synthcity.rand import Stream
 from mmrstraj_jax.synthcity.sample import samples, training_turns
@@ -31,7 +31,7 @@ def corpus(num: int = 1500, seed: int = 0) -> Iterator[str]:
         for kind in ("base", "traffic"):
             for turn in training_turns(sample, s, kind, balancer, 12):
                 yield from turn
-        for turn in traffic.vocabulary(s):
+        for turn in vocabulary.text_row(s):
             yield from turn
         yield _CHAT[k % len(_CHAT)]
 

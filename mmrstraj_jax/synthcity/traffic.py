@@ -1,43 +1,46 @@
-"""Traffic descriptions and questions (stage 2), and text-only rows that teach their vocabulary beforehand.
+"""Traffic descriptions and questions (stage 2) from the facts of an image and from the city's hourly flow.
 
-Both start from the same few facts: `facts_of` reads them off a window's truth, `vocabulary` makes them up.
-So the words, the wording and the thresholds of an image question are already known to a model that has read
-text rows.
+Everything an image question needs is visible, or its numbers (counts, speeds) stand in the question. The
+words are taught beforehand by text-only rows (vocabulary.py) made from the same `questions` and `describe`.
 """
 
+import math
 from collections.abc import Iterator
 
+from mmrstraj_jax.synthcity import flow
 from mmrstraj_jax.synthcity.city import ROAD_CLASSES
 from mmrstraj_jax.synthcity.questions import Question
 from mmrstraj_jax.synthcity.rand import Stream
-from mmrstraj_jax.synthcity.truth import DIRECTIONS, Truth, level_of
-from mmrstraj_jax.synthcity.words import NOUNS, a, capital, counted
+from mmrstraj_jax.synthcity.truth import Truth
+from mmrstraj_jax.synthcity.window import View
+from mmrstraj_jax.synthcity.words import NOUNS, a, counted
 
 PROMPTS = (
     "Describe the traffic and the road layout.",
     "What can you say about the traffic in this image?",
     "Describe the traffic conditions.",
 )
+TYPES = ("hierarchy", "connectivity", "traffic_density", "zoning", "direction", "bottleneck", "peak_hour")
 JUNCTIONS = ("crossroads", "T-junction", "roundabout", "dead end", "overpass")
-ZONES = (
-    "residential",
-    "apartments",
-    "commercial",
-    "industrial",
-    "park",
-    "sports field",
-    "farmland",
-    "harbor",
-)
-SIDES = ("left", "right", "top", "bottom")
 MEETING = ("crossroads", "T-junction", "roundabout")  # kinds that count as a junction of roads
+ZONES = (
+    "residential", "apartments", "commercial", "industrial", "park", "sports field", "farmland", "harbor",
+)  # fmt: skip
+SIDES = ("left", "right", "top", "bottom")
+PHASES = ("peak hour", "quiet hour")
+COUNT_MINUTES = 5  # of a stated vehicle count, as loop detectors report them
+_MARGIN = 10  # vehicles, or percent of free speed, by which a stated maximum or minimum stands out
+HOURS = (1, 3, 5, 6, 7, 8, 9, 10, 12, 14, 15, 17, 18, 19, 21, 23)  # that counts are stated for
 
 
-def facts_of(t: Truth) -> dict:
-    """Known facts of an image: class, direction, motorway (is there one), junction,
-    junctions, vehicles, level, side, zone, parked and the
-    yes/no pair seen / unseen (junction kinds surely in or surely not in the image). What is not clear is
-    absent."""
+def facts_of(t: Truth, view: View | None = None) -> dict:
+    """Known facts of an image; what is not clear is absent.
+
+    From the truth: class, direction, motorway (is there one), junction, junctions, vehicles, parked, level,
+    side, zone, and seen / unseen (junction kinds surely in or surely not in the image). From the flow of the
+    view's city, if given: counts ({hour: vehicles in 5 minutes} of the busiest main road), speeds
+    ({class: percent of the free speed} at the image's hour) and phase (of PHASES, where it shows).
+    """
     facts: dict = {}
     if t.main_class:
         facts["class"] = t.main_class
@@ -62,20 +65,46 @@ def facts_of(t: Truth) -> dict:
         facts["side"] = t.busiest
     if t.scene in ZONES:
         facts["zone"] = t.scene
-    facts["motorway"] = (
-        bool(t.road_lengths.get("motorway")) if t.main_class in ("motorway", *_LOWER) else None
-    )
+    if t.main_class:
+        near = "motorway" in (t.road_lengths if view is None else {r.cls for r in view.roads})
+        if near == (t.main_class == "motorway"):
+            facts["motorway"] = near
+    if view is not None and t.main_class:
+        facts |= _flow_facts(t, view)
     return facts
 
 
-_LOWER = ("arterial", "collector", "local")
+def _flow_facts(t: Truth, view: View) -> dict:
+    """What the trips of the city add: hourly counts and speeds, and whether this is a peak hour."""
+    hourly = flow.of_city(view.window.city)
+    lengths = flow.lengths_inside(view.roads, view.window.bounds)
+    main = [r for r in view.roads if r.cls == t.main_class and lengths.get(r.id)]
+    if not main:
+        return {}
+    road = max(main, key=lambda r: hourly.flow[r.id].sum())
+    found: dict = {
+        "road": road.id,
+        "counts": {h: round(hourly.flow[road.id, h] * COUNT_MINUTES / 60) for h in HOURS},
+        "speeds": {
+            cls: round(100 * share)
+            for cls, share in hourly.relative_speeds(view.roads, lengths, view.window.hour).items()
+        },
+    }
+    share = hourly.share_of_peak(lengths, view.window.hour)
+    large = math.fsum(math.fsum(t.road_lengths.get(c, {}).values()) for c in ("motorway", "arterial"))
+    # Only where the vehicles in sight agree with the hour
+    if share >= 0.7 and t.level == "heavy":
+        found["phase"] = "peak hour"
+    elif share <= 0.5 and t.level == "light" and large >= 80.0:
+        found["phase"] = "quiet hour"
+    return found
 
 
 def questions(facts: dict, s: Stream) -> Iterator[Question]:
     """All traffic questions that the facts answer."""
 
-    def ask(type_, options, answer, group=None):
-        return Question(type_, s.choice(options), str(answer), group or type_, {})
+    def ask(type_, options, answer, group=None, **extra):
+        return Question(type_, s.choice(options), str(answer), group or type_, extra)
 
     if "class" in facts:
         yield ask(
@@ -84,7 +113,7 @@ def questions(facts: dict, s: Stream) -> Iterator[Question]:
             facts["class"],
         )
         lanes = ROAD_CLASSES[facts["class"]].lanes
-        yield ask("lanes", ("How many lanes does the main road have?",), lanes)
+        yield ask("hierarchy", ("How many lanes does the main road have?",), lanes, "lanes")
     if "motorway" in facts:
         yield ask("hierarchy", ("Is there a motorway?",), "yes" if facts["motorway"] else "no")
     if "direction" in facts:
@@ -95,9 +124,10 @@ def questions(facts: dict, s: Stream) -> Iterator[Question]:
         )
     if "junction" in facts:
         yield ask(
-            "junction",
+            "connectivity",
             ("What kind of junction is there?", "How do the roads connect?"),
             facts["junction"],
+            "junction",
         )
     if "junctions" in facts and facts["junctions"] <= 5:
         yield ask("connectivity", ("How many junctions are there?",), facts["junctions"], "junctions")
@@ -106,39 +136,60 @@ def questions(facts: dict, s: Stream) -> Iterator[Question]:
             yield ask("connectivity", (f"Is there {a(kind)}?",), "yes" if kind in facts["seen"] else "no")
     if "vehicles" in facts and facts["vehicles"] <= 12:
         yield ask(
-            "vehicles",
+            "traffic_density",
             ("How many moving vehicles are there?", "How many vehicles are on the roads?"),
             facts["vehicles"],
+            "vehicles",
         )
     if facts.get("parked"):
-        yield ask("vehicles", ("How many vehicles are parked?",), facts["parked"], "parked")
+        yield ask("traffic_density", ("How many vehicles are parked?",), facts["parked"], "parked")
     if "level" in facts:
-        yield ask(
-            "traffic_level", ("How heavy is the traffic?", "What is the traffic level?"), facts["level"]
-        )
+        options = ("How heavy is the traffic?", "What is the traffic level?")
+        yield ask("traffic_density", options, facts["level"])
     if "side" in facts:
-        yield ask(
-            "busiest_side",
-            ("Which side of the image is the busiest?", "Which side has more vehicles?"),
-            facts["side"],
-        )
+        options = ("Which side of the image is the busiest?", "Which side has more vehicles?")
+        yield ask("bottleneck", options, facts["side"])
     if "zone" in facts:
-        yield ask(
-            "zoning",
-            ("What is the zone around the roads?", "Which kind of zone does the road serve?"),
-            facts["zone"],
-        )
+        options = ("What is the zone around the roads?", "Which kind of zone does the road serve?")
+        yield ask("zoning", options, facts["zone"])
+    if "phase" in facts:
+        yield ask("peak_hour", ("Is this a peak hour or a quiet hour?",), facts["phase"], "two:phase")
+    yield from _stated(facts, s)
+
+
+def _stated(facts: dict, s: Stream) -> Iterator[Question]:
+    """Questions whose numbers stand in the question: the peak of three counts, the slowest road class."""
+    hours = s.shuffled(sorted(facts.get("counts", {})))
+    for three in (sorted(hours[k : k + 3]) for k in range(0, len(hours) - 2, 3)):
+        counts = [facts["counts"][h] for h in three]
+        if _outstanding(counts) and max(counts) <= 99:
+            text = ", ".join(f"{h} o'clock {c} vehicles" for h, c in zip(three, counts, strict=True))
+            peak = three[counts.index(max(counts))]
+            extra = {"road": facts.get("road"), "counts": dict(zip(three, counts, strict=True))}
+            yield Question("peak_hour", f"{text}. Which hour is the peak hour?", str(peak), "peak", extra)
+            break
+    speeds = facts.get("speeds", {})
+    if len(speeds) >= 2 and _outstanding([-v for v in speeds.values()]) and max(speeds.values()) <= 99:
+        text = ", ".join(f"{cls} {speeds[cls]} percent" for cls in s.shuffled(sorted(speeds)))
+        slowest = min(speeds, key=lambda cls: speeds[cls])
+        question = f"Speeds: {text}. Which road class is the bottleneck?"
+        yield Question("bottleneck", question, slowest, "slowest", {"speeds": speeds})
+
+
+def _outstanding(values: list[int]) -> bool:
+    """Whether the largest leads by the margin."""
+    first, second = sorted(values)[:-3:-1]
+    return first - second >= _MARGIN
 
 
 def describe(facts: dict, s: Stream) -> str:
-    """A traffic description of 2 to 4 sentences from facts."""
+    """A traffic description of 2 to 5 sentences from facts."""
     parts = []
     if "class" in facts:
         way = facts.get("direction", "").replace("diagonal", "diagonally")
         way = way and f" and runs {way}"
-        parts.append(
-            f"The main road is {_road(facts['class'])} with {ROAD_CLASSES[facts['class']].lanes} lanes{way}."
-        )
+        lanes = ROAD_CLASSES[facts["class"]].lanes
+        parts.append(f"The main road is {road(facts['class'])} with {lanes} lanes{way}.")
     if "junction" in facts:
         parts.append(
             s.choice((f"There is {a(facts['junction'])}.", f"The roads connect by {a(facts['junction'])}."))
@@ -151,112 +202,19 @@ def describe(facts: dict, s: Stream) -> str:
     if "level" in facts:
         count = f", with {counted(facts['vehicles'], 'moving car')}" if facts.get("vehicles") else ""
         parts.append(f"Traffic is {facts['level']}{count}.")
+    if "phase" in facts:
+        parts.append(f"This is a {facts['phase']}.")
     if "side" in facts:
         parts.append(f"The {facts['side']} side is the busiest.")
     if "zone" in facts:
-        parts.append(
-            f"The roads serve a {facts['zone']} zone.".replace("a apart", "an apart").replace(
-                "a indus", "an indus"
-            )
-        )
+        article = "an" if facts["zone"][0] in "ai" else "a"
+        parts.append(f"The roads serve {article} {facts['zone']} zone.")
     return " ".join(parts) or "No road is clearly visible."
 
 
-def _road(cls: str) -> str:
+def road(cls: str) -> str:
+    """ "a motorway", "an arterial road"."""
     return "a motorway" if cls == "motorway" else f"{'an' if cls == 'arterial' else 'a'} {cls} road"
-
-
-def vocabulary(s: Stream) -> list[tuple[str, str]]:
-    """One text-only conversation, (question, answer) turns: made-up facts are stated, then asked about."""
-    if s.chance(0.35):
-        return [_definition(s)]
-    facts = _made_up(s)
-    stated = s.shuffled(_statements(facts, s))
-    turns = [(q.question, q.answer) for q in s.shuffled(list(questions(facts, s)))[: s.integer(2, 5)]]
-    if s.chance(0.5):
-        turns.insert(0, (s.choice(PROMPTS), describe(facts, s)))
-    first, answer = turns[0]
-    return [(f"Facts: {'; '.join(stated)}.\n{first}", answer), *turns[1:]]
-
-
-def _made_up(s: Stream) -> dict:
-    vehicles = s.choice((s.integer(0, 3), s.integer(4, 9), s.integer(10, 12)))
-    junction = s.choice(JUNCTIONS)
-    return {
-        "class": s.choice(tuple(ROAD_CLASSES)),
-        "direction": s.choice(tuple(DIRECTIONS)),
-        "junction": junction,
-        "junctions": int(junction in MEETING),
-        "seen": [junction],
-        "unseen": [k for k in JUNCTIONS if k != junction],
-        "vehicles": vehicles,
-        "level": level_of(vehicles),
-        "side": s.choice(SIDES),
-        "zone": s.choice(ZONES),
-        "parked": s.integer(1, 9),
-    }
-
-
-def _statements(facts: dict, s: Stream) -> list[str]:
-    less, more = sorted((s.integer(0, 4), s.integer(6, 9)))
-    other = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}[facts["side"]]
-    kind = {
-        "crossroads": "four roads meet", "T-junction": "three roads meet",
-        "roundabout": "the roads meet in a circle",
-        "dead end": "the road ends", "overpass": "one road passes over another",
-    }[facts["junction"]]  # fmt: skip
-    road = s.choice(
-        (
-            f"{ROAD_CLASSES[facts['class']].lanes} lanes, {_road(facts['class'])}",
-            f"main road {facts['class']}",
-        )
-    )
-    return [
-        road,
-        f"direction {facts['direction']}",
-        s.choice((f"junction {facts['junction']}", f"{kind}, {a(facts['junction'])}")),
-        f"{facts['vehicles']} moving vehicles",
-        f"{facts['parked']} parked",
-        s.choice(
-            (f"{other} {less} vehicles, {facts['side']} {more} vehicles", f"busiest side {facts['side']}")
-        ),
-        f"zone {facts['zone']}",
-    ]
-
-
-def _definition(s: Stream) -> tuple[str, str]:
-    """A fact of the vocabulary itself."""
-    vehicles = s.integer(0, 15)
-    cls = s.choice(("motorway", "arterial"))
-    first, second = s.integer(0, 9), s.integer(0, 9)
-    one, two = s.choice((("left", "right"), ("right", "left"), ("top", "bottom"), ("bottom", "top")))
-    second = second if second != first else first + 1
-    sides = f"The {one} side has {first} vehicles and the {two} side has {second}."
-    options = [
-        (f"{vehicles} moving vehicles are on the roads. How heavy is the traffic?", level_of(vehicles)),
-        (f"The main road has {ROAD_CLASSES[cls].lanes} lanes. Which road class is the main road?", cls),
-        (
-            f"The main road is {_road(cls)}. How many lanes does the main road have?",
-            str(ROAD_CLASSES[cls].lanes),
-        ),
-        (f"{sides} Which side has more vehicles?", one if first > second else two),
-        ("Four roads meet at one point. What kind of junction is there?", "crossroads"),
-        ("Three roads meet at one point. What kind of junction is there?", "T-junction"),
-        ("The roads meet in a circle around an island. What kind of junction is there?", "roundabout"),
-        ("One road passes over another on a bridge. How do the roads connect?", "overpass"),
-        ("A road stops and leads nowhere. How do the roads connect?", "dead end"),
-        ("Shops and parking lots stand along the road. What is the zone around the roads?", "commercial"),
-        ("Houses with gardens stand along the road. What is the zone around the roads?", "residential"),
-        (
-            "Storage tanks and warehouses stand along the road. What is the zone around the roads?",
-            "industrial",
-        ),
-        ("The road leads from top to bottom. In which direction does the main road run?", "north-south"),
-        ("The road leads from left to right. In which direction does the main road run?", "east-west"),
-        ("The road leads from corner to corner. In which direction does the main road run?", "diagonal"),
-    ]
-    question, answer = s.choice(options)
-    return capital(question), answer
 
 
 assert set(JUNCTIONS) <= set(NOUNS)
