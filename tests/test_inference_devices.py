@@ -19,7 +19,8 @@ import dataclasses
 config = dataclasses.replace(CONFIG, eos_token_ids=(3, 17, 40))
 model, asked, found = random_model(), requests() + requests()[:3], {}
 one = Mesh(np.asarray(jax.local_devices()[:1])[:, None], parallel.BATCH_AXES)
-for name, options in (("greedy", DecodeOptions(9)), ("drawn", DecodeOptions(9, temperature=1.5, top_p=0.9, seed=4))):
+drawn = DecodeOptions(9, temperature=1.5, top_p=0.9, seed=4)
+for name, options in (("greedy", DecodeOptions(9)), ("drawn", drawn)):
     for mesh in (one, None):
         engine = Engine(model, config, TAU, batch_size=2, mesh=mesh)
         done = sorted(engine.complete(asked, options))
