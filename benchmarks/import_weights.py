@@ -3,8 +3,11 @@
     python benchmarks/import_weights.py --model 0.5b      2 GB of random weights in llava-hf's layout
     python benchmarks/import_weights.py --model 7b        15 GB; needs 40 GB of free disk and 24 GB of memory
 
-Plain reading is the same files read into fresh memory (numpy.fromfile), right before, so both find the same
-cache.
+Plain reading is the same files read into fresh memory (numpy.fromfile). Reading and importing alternate,
+each in a process of its own; the ratio of speeds is the median over the pairs. Right before, both touch and
+free as much memory as they will fill: on a virtual machine the first touch of a page in a while is a fault of
+the host, which can take longer than the whole import and says nothing about it.
+
 Peak anonymous memory is RssAnon + RssShmem of /proc/self/status, sampled while `load_model` runs.
 """
 
@@ -12,6 +15,7 @@ import argparse
 import dataclasses
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -54,10 +58,18 @@ def write_checkpoint(folder: Path, size: str, dtype_name: str) -> None:
     (folder / "config.json").write_text(json.dumps(settings))
 
 
+def warm_memory(num_bytes: int) -> None:
+    """Touches memory and gives it back to the kernel."""
+    import numpy as np
+
+    np.ones(num_bytes, np.uint8)
+
+
 def read_files(folder: Path) -> float:
     """Seconds to read every weight file into fresh memory, 64 MB at a time."""
     import numpy as np
 
+    warm_memory(file_bytes(folder))
     start = time.perf_counter()
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
@@ -65,6 +77,10 @@ def read_files(folder: Path) -> float:
             while (piece := np.fromfile(file, np.uint8, 2**26)).size:
                 pieces.append(piece)
     return time.perf_counter() - start
+
+
+def file_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def anonymous_gb() -> float:
@@ -80,8 +96,9 @@ def measure(folder: Path) -> dict:
     from mmrstraj_jax.weights.load import load_model
     from mmrstraj_jax.weights.native import leaves
 
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    size = file_bytes(folder)
     jax.devices()  # start-up is not part of the import
+    warm_memory(size)
     before, peak, finished = anonymous_gb(), 0.0, threading.Event()
 
     def watch() -> None:
@@ -96,13 +113,11 @@ def measure(folder: Path) -> dict:
     seconds = time.perf_counter() - start
     finished.set()
     thread.join()
-    result = sum(array.nbytes for array in leaves(loaded.model).values()) / 1e9
     return {
-        "file_gb": round(size / 1e9, 3),
-        "import_s": round(seconds, 2),
-        "import_gb_per_s": round(size / 1e9 / seconds, 3),
-        "result_gb": round(result, 3),
-        "peak_anonymous_gb": round(peak - before, 3),
+        "file_gb": size / 1e9,
+        "import_s": seconds,
+        "result_gb": sum(array.nbytes for array in leaves(loaded.model).values()) / 1e9,
+        "peak_anonymous_gb": peak - before,
     }
 
 
@@ -112,6 +127,7 @@ def main() -> None:
     )
     parser.add_argument("--model", choices=FREE_DISK, default="0.5b")
     parser.add_argument("--file-dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--repeats", type=int, default=7, help="pairs of readings; default: %(default)s")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--part", choices=("read", "import"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -124,20 +140,32 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
         write_checkpoint(folder, args.model, args.file_dtype)
-        runs: dict[str, list[dict]] = {"read": [], "import": []}
-        # A process each: the memory of one is not the other's. The first reading only fills the
-        # page cache; the best
-        # of three of each, in turns, because other work on the machine only ever slows a run down.
-        for part in ("read", *("read", "import") * 3):
+
+        def child(part: str) -> dict:
             command = [sys.executable, __file__, "--part", part, "--folder", name]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            runs[part].append(json.loads(done.stdout.splitlines()[-1]))
-    found = min(runs["import"], key=lambda run: run["import_s"])
-    found["peak_anonymous_gb"] = max(run["peak_anonymous_gb"] for run in runs["import"])
-    read_s = min(run["read_s"] for run in runs["read"][1:])
-    found["read_gb_per_s"] = round(found["file_gb"] / read_s, 3)
-    found["speed_ratio"] = round(found["import_gb_per_s"] / found["read_gb_per_s"], 2)
-    print(json.dumps({"model": args.model, "file_dtype": args.file_dtype} | found))
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            return json.loads(done.stdout.splitlines()[-1])
+
+        child("read")  # fills the page cache
+        pairs = [(child("read")["read_s"], child("import")) for _ in range(args.repeats)]
+    ratios = [read_s / run["import_s"] for read_s, run in pairs]
+    read_s, import_s = (
+        statistics.median(times) for times in zip(*((r, run["import_s"]) for r, run in pairs), strict=True)
+    )
+    size = pairs[0][1]["file_gb"]
+    found = {
+        "model": args.model,
+        "file_dtype": args.file_dtype,
+        "file_gb": round(size, 3),
+        "import_s": round(import_s, 2),
+        "import_gb_per_s": round(size / import_s, 2),
+        "read_gb_per_s": round(size / read_s, 2),
+        "speed_ratio": round(statistics.median(ratios), 2),
+        "speed_ratios": [round(ratio, 2) for ratio in ratios],
+        "result_gb": round(pairs[0][1]["result_gb"], 3),
+        "peak_anonymous_gb": round(max(run["peak_anonymous_gb"] for _, run in pairs), 3),
+    }
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
