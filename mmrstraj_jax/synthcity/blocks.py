@@ -1,124 +1,19 @@
-"""What stands in a block: buildings, pools, tanks, trees, parked cars, ships, and the ground below them.
-
-A block is laid out in its own frame: origin at its centre, axis a along its first side. `Frame.inner` is the
-rectangle left for building once roads, pavements and roundabouts have taken their share, so nothing placed
-inside it can stand on a road.
-"""
+"""What stands in a built-up block: buildings, pools, tanks, trees, parked cars, and the ground below them."""
 
 import math
-from typing import NamedTuple
 
-from mmrstraj_jax.synthcity.city import CELLS, Block, City, Point
-from mmrstraj_jax.synthcity.geometry import rectangle
+from mmrstraj_jax.synthcity import places
+from mmrstraj_jax.synthcity.city import Block, City
+from mmrstraj_jax.synthcity.parts import (
+    CAR_LENGTH,
+    CAR_WIDTH,
+    CARS,
+    ROOFS,
+    TANKS,
+    Content,
+    Frame,
+)
 from mmrstraj_jax.synthcity.rand import Stream
-
-PAVEMENT = 2.0  # metres beside every road
-
-
-class Thing(NamedTuple):
-    """One object. kind: house, apartment, shop, warehouse, tank, pool, car, tree, ship. Metres, radians."""
-
-    kind: str
-    x: float
-    y: float
-    angle: float
-    length: float  # along angle; diameter of round things
-    width: float
-    color: str
-    tag: str  # roof shape, "parked" / "moving", tree variant
-
-
-class Ground(NamedTuple):
-    """One ground polygon. material: lawn, parking, yard, paved, crop, quay, path, stall (a line)."""
-
-    material: str
-    points: tuple[Point, ...]
-    tone: float  # 0..1, picks the shade
-    stalls: int = 0  # of a car park
-
-
-class Content(NamedTuple):
-    things: tuple[Thing, ...]
-    grounds: tuple[Ground, ...]
-
-
-ROOFS = {"red": 5.0, "brown": 3.0, "gray": 3.0, "blue": 2.0, "white": 2.0}
-CARS = {"white": 3.0, "black": 2.0, "red": 3.0, "blue": 3.0, "yellow": 1.5}
-TANKS = {"white": 5.0, "gray": 2.0, "brown": 2.0}
-SHIPS = {"red": 3.0, "blue": 3.0, "white": 3.0, "black": 1.0}
-CAR_LENGTH, CAR_WIDTH = 5.0, 2.2
-
-
-class Frame:
-    """A block's own coordinates and what was placed in it so far."""
-
-    def __init__(self, city: City, block: Block, stream: Stream):
-        self.stream, self.scale, self.block = stream, city.object_scale, block
-        q = block.corners
-        self.cx, self.cy = math.fsum(p[0] for p in q) / 4, math.fsum(p[1] for p in q) / 4
-        dx, dy = (q[1][0] + q[2][0] - q[0][0] - q[3][0]), (q[1][1] + q[2][1] - q[0][1] - q[3][1])
-        self.angle = math.atan2(dy, dx)
-        self.cos, self.sin = math.cos(self.angle), math.sin(self.angle)
-        self.things: list[Thing] = []
-        self.grounds: list[Ground] = []
-        outline = [self.local(*p) for p in block.outline]
-        part = len(outline) // 4
-        sides = [
-            outline[k * part : (k + 1) * part] + [outline[(k + 1) * part % len(outline)]] for k in range(4)
-        ]
-        keep = [(c + PAVEMENT) if c else 1.0 for c in block.clearance]
-        self.b0 = max(p[1] for p in sides[0]) + keep[0]
-        self.a1 = min(p[0] for p in sides[1]) - keep[1]
-        self.b1 = min(p[1] for p in sides[2]) - keep[2]
-        self.a0 = max(p[0] for p in sides[3]) + keep[3]
-        i, j = divmod(block.id, CELLS)
-        wheels = [
-            city.nodes[a * (CELLS + 1) + b] for a, b in ((i, j), (i + 1, j), (i + 1, j + 1), (i, j + 1))
-        ]
-        self.discs = [(*self.local(n.x, n.y), n.radius + 3.0) for n in wheels if n.kind == "roundabout"]
-
-    def local(self, x: float, y: float) -> Point:
-        x, y = x - self.cx, y - self.cy
-        return x * self.cos + y * self.sin, y * self.cos - x * self.sin
-
-    def world(self, a: float, b: float) -> Point:
-        return self.cx + a * self.cos - b * self.sin, self.cy + a * self.sin + b * self.cos
-
-    def clear(self, a: float, b: float, half: float) -> bool:
-        """True when a disc of radius `half` touches no roundabout."""
-        return all(math.hypot(a - x, b - y) > r + half for x, y, r in self.discs)
-
-    def put(self, kind, a, b, length, width, color, tag="", turn=0.0) -> bool:
-        """Places a thing centred at (a, b) unless a roundabout is in the way; True when placed."""
-        if not self.clear(a, b, max(length, width) * 0.6):
-            return False
-        x, y = self.world(a, b)
-        s = self.scale
-        self.things.append(Thing(kind, x, y, self.angle + turn, length * s, width * s, color, tag))
-        return True
-
-    def ground(self, material, a, b, length, width, tone=0.5, turn=0.0, stalls=0) -> None:
-        x, y = self.world(a, b)
-        corners = tuple(rectangle(x, y, length, width, self.angle + turn))
-        self.grounds.append(Ground(material, corners, tone, stalls))
-
-    def trees(self, count: int, a0, b0, a1, b1, keep_off) -> None:
-        """Up to `count` trees in a rectangle, off the rectangles (a, b, length, width) of keep_off."""
-        s = self.stream
-        placed = []
-        for _ in range(count * 3):
-            if len(placed) == count or a1 - a0 < 5 or b1 - b0 < 5:
-                return
-            size = s.uniform(5.0, 8.5)
-            a, b = s.uniform(a0 + size / 2, a1 - size / 2), s.uniform(b0 + size / 2, b1 - size / 2)
-            near = (
-                abs(a - x) < (lx + size) / 2 + 0.8 and abs(b - y) < (ly + size) / 2 + 0.8
-                for x, y, lx, ly in keep_off
-            )
-            if any(near) or any(math.hypot(a - x, b - y) < (size + d) / 2 for x, y, d in placed):
-                continue
-            if self.put("tree", a, b, size, size, "green", s.choice(("round", "dark", "light"))):
-                placed.append((a, b, size))
 
 
 def content(city: City, block: Block) -> Content:
@@ -136,7 +31,7 @@ def _residential(f: Frame) -> None:
     s = f.stream
     depth = min((f.b1 - f.b0) / 2, 38.0)
     pools = s.choice((0.08, 0.35, 0.6))
-    theme = s.weighted(ROOFS)
+    theme, hedged = s.weighted(ROOFS), s.chance(0.5)
     for front, sign in ((f.b0, 1.0), (f.b1, -1.0)):
         count = max(int((f.a1 - f.a0) / f.block.lot), 1)
         lot = (f.a1 - f.a0) / count
@@ -144,6 +39,8 @@ def _residential(f: Frame) -> None:
             a = f.a0 + (k + 0.5) * lot
             tone = s.uniform()
             f.ground("lawn", a, front + sign * depth / 2, lot - 0.8, depth, tone)
+            if hedged and s.chance(0.7):
+                f.ground("hedge", a - lot / 2, front + sign * depth * 0.62, 1.3, depth * 0.7, tone)
             if s.chance(0.14):
                 f.trees(
                     s.integer(1, 3),
@@ -155,13 +52,23 @@ def _residential(f: Frame) -> None:
                 )
                 continue
             length, width = s.uniform(10.5, min(15.5, lot - 3.0)), s.uniform(8.5, 11.0)
-            yard = s.uniform(3.0, 6.0)
+            drive = s.chance(0.45)
+            yard = s.uniform(6.4, 7.6) if drive else s.uniform(3.0, 6.0)
             b = front + sign * (yard + width / 2)
             color = theme if s.chance(0.6) else s.weighted(ROOFS)
             if not f.put("house", a, b, length, width, color, s.choice(("gable", "hip"))):
                 continue
             taken = [(a, b, length, width)]
-            f.ground("path", a - length / 2 + 1.6, front + sign * yard / 2, 2.6, yard, 0.5)
+            gate = a - length / 2 + 2.0
+            f.ground("drive", gate, front + sign * yard / 2, 3.4 if drive else 1.8, yard, s.uniform())
+            if drive:
+                taken.append((gate, front + sign * yard / 2, 3.6, yard))
+                if s.chance(0.3):
+                    turn = math.pi / 2 + s.uniform(-0.03, 0.03)
+                    spot = front + sign * (yard / 2 + 0.2)
+                    f.put("car", gate, spot, CAR_LENGTH, CAR_WIDTH, s.weighted(CARS), "parked", turn)
+            if s.chance(0.5):
+                f.ground("slab", a + length * 0.15, b + sign * (width / 2 + 1.6), 4.4, 3.2, s.uniform())
             back = depth - yard - width
             if back > 9.5 and s.chance(pools):
                 pl, pw = s.uniform(7.0, 10.5), s.uniform(5.0, 6.2)
@@ -269,6 +176,7 @@ def _industrial(f: Frame) -> None:
                 a, b = f.a0 + (i + 0.5) * wide / columns, f.b0 + (j + 0.5) * deep / rows
                 if s.chance(filled):
                     diameter = size * s.uniform(0.6, 0.95)
+                    f.ground("bund", a, b, size + 3.4, size + 3.4, s.uniform())
                     tint = color if s.chance(0.8) else s.weighted(TANKS)
                     f.put("tank", a, b, diameter, diameter, tint, "round")
                 elif s.chance(0.15):
@@ -292,113 +200,16 @@ def _industrial(f: Frame) -> None:
         _parking(f, a, f.b1 - 7.0, cell - 10, 1, s.uniform(0, 0.5), taken)
 
 
-def _park(f: Frame) -> None:
-    s = f.stream
-    wide, deep = f.a1 - f.a0, f.b1 - f.b0
-    a, b = (f.a0 + f.a1) / 2, (f.b0 + f.b1) / 2
-    f.ground("lawn", a, b, wide, deep, s.uniform())
-    turn = s.choice((0.0, math.pi / 2, math.atan2(deep, wide)))
-    f.ground("path", a, b, math.hypot(wide, deep) * 0.62 if turn else wide, 2.4, 0.5, turn)
-    f.trees(s.choice((4, 8, 14, 26)), f.a0, f.b0, f.a1, f.b1, [])
-
-
-def _sports(f: Frame) -> None:
-    s = f.stream
-    wide, deep = f.a1 - f.a0, f.b1 - f.b0
-    f.ground("lawn", (f.a0 + f.a1) / 2, (f.b0 + f.b1) / 2, wide, deep, s.uniform())
-    count = s.integer(1, 2) if wide > 60 else 1
-    taken = []
-    for k in range(count):
-        a, b = f.a0 + (k + 0.5) * wide / count, (f.b0 + f.b1) / 2
-        length, width = wide / count - s.uniform(6, 10), deep * s.uniform(0.6, 0.8)
-        turn = 0.0
-        if length < width:
-            length, width, turn = width, length, math.pi / 2
-        width = max(min(width, length * 0.7), 16.0)
-        track = count == 1 and s.chance(0.5)
-        if f.put("field", a, b, length, width, "green", "track" if track else "pitch", turn):
-            across = (width, length) if turn else (length, width)
-            taken.append((a, b, *across))
-    f.trees(s.integer(2, 8), f.a0, f.b0, f.a1, f.b1, taken)
-
-
-def _farmland(f: Frame) -> None:
-    s = f.stream
-    wide, deep = f.a1 - f.a0, f.b1 - f.b0
-    strips = s.integer(1, 3)
-    upright = s.chance(0.5)
-    for k in range(strips):
-        if upright:
-            f.ground(
-                "crop",
-                f.a0 + (k + 0.5) * wide / strips,
-                (f.b0 + f.b1) / 2,
-                wide / strips - 1.5,
-                deep,
-                s.uniform(),
-                0.0,
-            )
-        else:
-            f.ground(
-                "crop",
-                (f.a0 + f.a1) / 2,
-                f.b0 + (k + 0.5) * deep / strips,
-                wide,
-                deep / strips - 1.5,
-                s.uniform(),
-            )
-    if s.chance(0.4):
-        f.put(
-            "house",
-            s.choice((f.a0 + 9, f.a1 - 9)),
-            s.choice((f.b0 + 8, f.b1 - 8)),
-            14,
-            9.5,
-            s.weighted(ROOFS),
-            "gable",
-        )
-
-
-def _water(f: Frame) -> None:
-    s = f.stream
-    if s.chance(0.35):
-        length = s.uniform(14, 26)
-        a, b = s.uniform(-0.2, 0.2) * (f.a1 - f.a0), s.uniform(-0.2, 0.2) * (f.b1 - f.b0)
-        f.put("ship", a, b, length, length * 0.28, s.weighted(SHIPS), "hull", s.uniform(0, 6.28))
-
-
-def _harbor(f: Frame) -> None:
-    """Piers from one bank, ships moored along them."""
-    s = f.stream
-    across = f.block.quay in (0, 2)  # piers run along b
-    low, high = (f.a0, f.a1) if across else (f.b0, f.b1)
-    start = {0: f.b0, 1: f.a1, 2: f.b1, 3: f.a0}[f.block.quay]
-    sign = 1.0 if f.block.quay in (0, 3) else -1.0
-    reach = min((f.b1 - f.b0) if across else (f.a1 - f.a0), 75.0) * s.uniform(0.5, 0.7)
-    piers = s.integer(1, 2)
-    for k in range(piers):
-        at = low + (k + 0.5) * (high - low) / piers
-        middle = start + sign * (reach / 2 - 4)
-        a, b = (at, middle) if across else (middle, at)
-        f.ground("quay", a, b, 5.0 if across else reach + 8, reach + 8 if across else 5.0)
-        for side in (-1, 1):
-            if s.chance(0.62):
-                length = min(s.uniform(18, 32), reach)
-                width = s.uniform(5.5, 7.5)
-                shift, far = side * (2.5 + width / 2 + 0.6), start + sign * (reach * s.uniform(0.5, 0.75))
-                a, b = (at + shift, far) if across else (far, at + shift)
-                turn = (math.pi / 2 if across else 0.0) + (0.0 if s.chance(0.5) else math.pi)
-                f.put("ship", a, b, length, width, s.weighted(SHIPS), "hull", turn)
-
-
 _FILL = {
     "residential": _residential,
     "apartments": _apartments,
     "commercial": _commercial,
     "industrial": _industrial,
-    "park": _park,
-    "sports": _sports,
-    "farmland": _farmland,
-    "water": _water,
-    "harbor": _harbor,
+    "park": places.park,
+    "sports": places.sports,
+    "farmland": places.farmland,
+    "water": places.water,
+    "harbor": places.harbor,
+    "airport": places.airport,
+    "verge": places.verge,
 }

@@ -17,9 +17,13 @@ _AREA = {
     "residential": "a residential area", "apartments": "an area of apartment buildings",
     "commercial": "a commercial area",
     "industrial": "an industrial area", "park": "a park", "sports field": "a sports ground",
-    "farmland": "farmland",
+    "farmland": "farmland", "airport": "an airport",
     "harbor": "a harbor", "river": "a river",
 }  # fmt: skip
+KINDS = (
+    "house", "apartment", "shop", "warehouse", "terminal", "hangar", "airplane", "tank", "pool", "ship",
+    "field",
+)  # fmt: skip
 _BUILT = {"sparse": "sparsely", "medium": "moderately", "dense": "densely"}
 
 
@@ -46,7 +50,19 @@ def caption(t: Truth, s: Stream) -> str:
 
 def _objects(t: Truth, s: Stream) -> str | None:
     parts = []
-    for kind in ("house", "apartment", "shop", "warehouse", "tank", "pool", "ship", "field"):
+    for kind in (
+        "house",
+        "apartment",
+        "shop",
+        "warehouse",
+        "terminal",
+        "hangar",
+        "airplane",
+        "tank",
+        "pool",
+        "ship",
+        "field",
+    ):
         count = t.count(kind)
         if not count.sure:
             continue

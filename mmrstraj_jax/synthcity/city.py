@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from mmrstraj_jax.errors import UserError
+from mmrstraj_jax.synthcity.geometry import bezier, cut
 from mmrstraj_jax.synthcity.rand import Stream
 
 Point = tuple[float, float]
@@ -33,10 +34,13 @@ ROAD_CLASSES = {
     "collector": RoadSpec(11.0, 2, 1),
     "local": RoadSpec(9.6, 2, 0),  # two lanes and a parking strip at each kerb
 }
+# A ramp is one-way, between a motorway and an arterial; never an image's main road.
+SPECS = {**ROAD_CLASSES, "ramp": RoadSpec(6.6, 1, 1)}
 
 
 class Road(NamedTuple):
-    """One edge of the network: a polyline between two nodes."""
+    """One edge of the network: a polyline between two nodes, driven both ways unless it is a ramp, which
+    leads from start to end."""
 
     id: int
     cls: str
@@ -47,7 +51,7 @@ class Road(NamedTuple):
 
     @property
     def width(self) -> float:
-        return ROAD_CLASSES[self.cls].width
+        return SPECS[self.cls].width
 
     @property
     def length(self) -> float:
@@ -55,8 +59,9 @@ class Road(NamedTuple):
 
 
 class Node(NamedTuple):
-    """Where roads meet. kind: crossroads, T-junction, roundabout, dead end, overpass, or bend (nothing to
-    name)."""
+    """Where roads meet. kind: crossroads, T-junction, roundabout, dead end, overpass (a road over the
+    motorway, no turn from one to the other), merge (ramps and motorway), ramp (ramps and arterial), or bend
+    (nothing to name)."""
 
     id: int
     x: float
@@ -66,8 +71,9 @@ class Node(NamedTuple):
 
 
 class Block(NamedTuple):
-    """One cell. corners run round the cell; clearance[k] is the half width of the road on side k (0:
-    none)."""
+    """One cell of the lattice, or the many cells of an airport. corners run round it; clearance[k] is the
+    half width of the widest road on side k (0: none); cells are the lattice indices i0, j0, i1, j1 of its
+    corners."""
 
     id: int
     use: str
@@ -76,6 +82,7 @@ class Block(NamedTuple):
     clearance: tuple[float, float, float, float]
     lot: float  # typical lot width of residential blocks, metres
     quay: int  # side of a harbor cell that holds the piers, else -1
+    cells: tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -88,24 +95,25 @@ class City:
     roads: tuple[Road, ...]
     nodes: tuple[Node, ...]
     blocks: tuple[Block, ...]
+    interchange: int  # the overpass node whose motorway has ramps, -1 if there is none
     cache: dict = field(default_factory=dict, repr=False, compare=False)
 
     def blocks_near(self, x0: float, y0: float, x1: float, y1: float) -> list[Block]:
         """Blocks whose bounding box meets the rectangle (metres)."""
-        return self._near("blocks", self.blocks, lambda b: b.outline, 0.0, x0, y0, x1, y1)
+        return self._near("blocks", self.blocks, lambda b: b.outline, x0, y0, x1, y1)
 
     def roads_near(self, x0: float, y0: float, x1: float, y1: float) -> list[Road]:
-        """Roads whose bounding box, widened by their width, meets the rectangle (metres)."""
-        return self._near("roads", self.roads, lambda r: r.points, 15.0, x0, y0, x1, y1)
+        """Roads whose centre line's bounding box meets the rectangle (metres)."""
+        return self._near("roads", self.roads, lambda r: r.points, x0, y0, x1, y1)
 
-    def _near(self, name, items, points_of, grow, x0, y0, x1, y1):
+    def _near(self, name, items, points_of, x0, y0, x1, y1):
         if name not in self.cache:
             boxes = []
             for item in items:
                 xs, ys = zip(*points_of(item), strict=True)
-                boxes.append((min(xs) - grow, min(ys) - grow, max(xs) + grow, max(ys) + grow, item))
+                boxes.append((min(xs), min(ys), max(xs), max(ys), item))
             self.cache[name] = boxes
-        return [b[4] for b in self.cache[name] if b[0] < x1 and b[2] > x0 and b[1] < y1 and b[3] > y0]
+        return [b[4] for b in self.cache[name] if b[0] <= x1 and b[2] >= x0 and b[1] <= y1 and b[3] >= y0]
 
 
 # Chance that a local road is missing, and that a missing one leaves a dead end.
@@ -152,6 +160,9 @@ class _Builder:
         self.at = [self._positions(axis) for axis in (0, 1)]
         self.warp = self._warp()
         self.curves: dict = {}
+        self.airport = self._find_airport()
+        self.crossing = self._find_interchange()
+        self.arms: dict[tuple[int, int], int] = {}  # (axis, direction) -> node where the ramps of an arm end
         self.nodes: list[list] = []
         self.roads: list[Road] = []
 
@@ -211,6 +222,36 @@ class _Builder:
 
         return warp
 
+    def _find_airport(self) -> tuple[int, int, int, int] | None:
+        """Lattice rectangle i0, j0, i1, j1 of an airport, clear of river and motorway, in some cities."""
+        s = self.stream
+        wanted, wide, pick = s.chance(0.5), s.chance(0.5), s.uniform()
+        across, along = (4, 2) if wide else (2, 4)
+        free = []
+        for i in range(1, CELLS - across):
+            for j in range(1, CELLS - along):
+                spans = ((i, i + across), (j, j + along))
+                dry = not self.river or not spans[self.river[0]][0] <= self.river[1] < spans[self.river[0]][1]
+                motor = self.motorway and spans[self.motorway[0]]
+                if dry and not (motor and motor[0] < self.motorway[1] < motor[1]):
+                    free.append((i, j, i + across, j + along))
+        return free[int(pick * len(free))] if wanted and free else None
+
+    def _find_interchange(self) -> tuple[int, int] | None:
+        """Lattice crossing (i, j) of the motorway with an arterial whose four cells are free for ramps."""
+        if not self.motorway:
+            return None
+        axis, line = self.motorway
+        free = []
+        for k in range(3, CELLS - 2):
+            i, j = (line, k) if axis == 0 else (k, line)
+            wet = bool(self.river) and self.river[0] != axis and self.river[1] in (k - 1, k)
+            a = self.airport
+            taken = a and a[0] - 1 <= i <= a[2] + 1 and a[1] - 1 <= j <= a[3] + 1
+            if self.line_class[1 - axis][k] == "arterial" and not wet and not taken:
+                free.append((i, j))
+        return self.stream.choice(free) if free else None
+
     def _curve(self, i0: float, j0: float, i1: float, j1: float) -> tuple[Point, ...]:
         """The warped straight line between two lattice points, in up to 5 points."""
         key = (i0, j0, i1, j1)
@@ -242,9 +283,21 @@ class _Builder:
             for line in range(CELLS + 1):
                 for k in range(CELLS):
                     self._edge(axis, line, k)
+        self._ramps()
         nodes = tuple(self._node(k, *node) for k, node in enumerate(self.nodes))
         blocks = tuple(self._blocks())
-        return City(self.seed, self.style, lat, lon, object_scale, tuple(self.roads), nodes, blocks)
+        where = self.crossing
+        return City(
+            self.seed,
+            self.style,
+            lat,
+            lon,
+            object_scale,
+            tuple(self.roads),
+            nodes,
+            blocks,
+            where[0] * (CELLS + 1) + where[1] if where else -1,
+        )
 
     def _edge(self, axis: int, line: int, k: int) -> None:
         """The road along `line` of `axis` from crossing k to k + 1: built, cut to a dead end, or left out."""
@@ -257,6 +310,11 @@ class _Builder:
         part = s.uniform(0.4, 0.6)
         here, there = ((line, k), (line, k + 1)) if axis == 0 else ((k, line), (k + 1, line))
         a, b = (p[0] * (CELLS + 1) + p[1] for p in (here, there))
+        port = self.airport
+        if port:
+            inside = (port[axis] < line < port[axis + 2], port[1 - axis] <= k < port[3 - axis])
+            if all(inside):
+                return
         if over_river and cls == "local":
             return
         if at_motorway and cls not in ("arterial", "motorway"):
@@ -269,8 +327,56 @@ class _Builder:
                 self._road(cls, points, a, len(self.nodes) - 1, False)
                 self.edge_width[axis, line, k] = ROAD_CLASSES[cls].width / 2
             return
-        self._road(cls, self._curve(*here, *there), a, b, over_river)
         self.edge_width[axis, line, k] = ROAD_CLASSES[cls].width / 2
+        points = self._curve(*here, *there)
+        if self.crossing in (here, there) and cls in ("motorway", "arterial"):
+            self._arm(axis, cls, points, a, b, here == self.crossing)
+        else:
+            self._road(cls, points, a, b, over_river)
+
+    def _arm(self, axis: int, cls: str, points, a: int, b: int, forward: bool) -> None:
+        """One of the four roads at the interchange, split where its ramps begin and end."""
+        length = math.fsum(math.dist(p, q) for p, q in itertools.pairwise(points))
+        reach = min(64.0, 0.8 * length) if cls == "motorway" else min(36.0, 0.45 * length)
+        at = reach if forward else length - reach
+        first, second = cut(points, 0.0, at), cut(points, at, length)
+        second[0] = first[-1]
+        middle = len(self.nodes)
+        self.nodes.append([*first[-1], []])
+        self._road(cls, (points[0], *first[1:]), a, middle, False)
+        self._road(cls, (*second[:-1], points[-1]), middle, b, False)
+        self.arms[axis, 1 if forward else -1] = middle
+
+    def _ramps(self) -> None:
+        """A diamond: in each quadrant one ramp, off the motorway before the crossing or onto it after."""
+        if not self.crossing:
+            return
+        axis = self.motorway[0]
+        center = self.nodes[self.crossing[0] * (CELLS + 1) + self.crossing[1]][:2]
+        for direction in (1, -1):
+            for side in (1, -1):
+                merge, far = self.arms[axis, direction], self.arms[1 - axis, side]
+                mx, my = self.nodes[merge][:2]
+                fx, fy = self.nodes[far][:2]
+                ex, ey = mx - center[0], my - center[1]  # along the motorway, away from the crossing
+                fl, el = math.dist((fx, fy), center), math.hypot(ex, ey)
+                ox, oy = (fx - center[0]) / fl, (fy - center[1]) / fl  # along the arterial
+                lane = ROAD_CLASSES["motorway"].width / 2 - 2.4
+                start = (mx + ox * lane, my + oy * lane)
+                bend = bezier(
+                    start,
+                    (start[0] - ex * 0.45 + ox * 2, start[1] - ey * 0.45 + oy * 2),
+                    (fx + ex / el * 26.0, fy + ey / el * 26.0),
+                    (fx, fy),
+                    10,
+                )
+                points = ((mx, my), *bend)
+                # Right-hand traffic: the carriageway on this side drives with its right hand to the arterial
+                # arm, so it comes towards the crossing (an exit) or leaves it (an entry).
+                if ex * oy - ey * ox < 0:
+                    self._road("ramp", points[::-1], far, merge, False)
+                else:
+                    self._road("ramp", points, merge, far, False)
 
     def _road(self, cls, points, start, end, bridge) -> None:
         road = Road(len(self.roads), cls, points, start, end, bridge)
@@ -280,8 +386,10 @@ class _Builder:
 
     def _node(self, index: int, x: float, y: float, classes: list[str]) -> Node:
         turn = self.stream.uniform()
-        widest = max((ROAD_CLASSES[c].width for c in classes), default=0.0)
-        if "motorway" in classes:
+        widest = max((SPECS[c].width for c in classes), default=0.0)
+        if "ramp" in classes:
+            kind = "merge" if "motorway" in classes else "ramp"
+        elif "motorway" in classes:
             kind = "overpass" if len(classes) > classes.count("motorway") else "bend"
         elif len(classes) >= 3:
             kind = "crossroads" if len(classes) == 4 else "T-junction"
@@ -306,28 +414,42 @@ class _Builder:
                     zones[corner], zones[other] = zones[other], zones[corner]
         lots = [s.choice((17.0, 23.0, 31.0)) for _ in zones]
         harbor = s.integer(3, 6), s.integer(0, 1)
+        port = self.airport
         for i in range(CELLS):
             for j in range(CELLS):
                 zone = (i // ZONE) * (CELLS // ZONE) + j // ZONE
                 use, change = zones[zone], s.uniform()
+                if port and port[0] <= i < port[2] and port[1] <= j < port[3]:
+                    continue
                 if use == "sports" and (i + j) % 2:
                     use = "park"
                 elif change < 0.06 and use not in ("farmland", "industrial"):
                     use = "park" if change < 0.04 else "commercial"
                 use, quay = self._water(i, j, use, *harbor)
-                outline, clear = [], []
-                sides = (
-                    ((i, j), (i + 1, j), (1, j, i)),
-                    ((i + 1, j), (i + 1, j + 1), (0, i + 1, j)),
-                    ((i + 1, j + 1), (i, j + 1), (1, j + 1, i)),
-                    ((i, j + 1), (i, j), (0, i, j)),
-                )
-                for a, b, edge in sides:
-                    points = self._curve(*a, *b)
-                    outline.extend(points[:-1])
-                    clear.append(self.edge_width.get(edge, 0.0))
-                quad = tuple(self.warp(self.at[0][a[0]], self.at[1][a[1]]) for a, _, _ in sides)
-                yield Block(i * CELLS + j, use, quad, tuple(outline), tuple(clear), lots[zone], quay)
+                if self.crossing and self.crossing[0] - i in (0, 1) and self.crossing[1] - j in (0, 1):
+                    use, quay = "verge", -1
+                yield self._block(i * CELLS + j, use, (i, j, i + 1, j + 1), lots[zone], quay)
+        if port:
+            yield self._block(CELLS**2, "airport", port, 0.0, -1)
+
+    def _block(self, id: int, use: str, cells: tuple[int, int, int, int], lot: float, quay: int) -> Block:
+        i0, j0, i1, j1 = cells
+        rings = (
+            [(i, j0) for i in range(i0, i1 + 1)],
+            [(i1, j) for j in range(j0, j1 + 1)],
+            [(i, j1) for i in range(i1, i0 - 1, -1)],
+            [(i0, j) for j in range(j1, j0 - 1, -1)],
+        )
+        outline, clear = [], []
+        for side, ring in enumerate(rings):
+            widest = 0.0
+            for a, b in itertools.pairwise(ring):
+                outline.extend(self._curve(*a, *b)[:-1])
+                edge = (1, a[1], min(a[0], b[0])) if side in (0, 2) else (0, a[0], min(a[1], b[1]))
+                widest = max(widest, self.edge_width.get(edge, 0.0))
+            clear.append(widest)
+        quad = tuple(self.warp(self.at[0][ring[0][0]], self.at[1][ring[0][1]]) for ring in rings)
+        return Block(id, use, quad, tuple(outline), tuple(clear), lot, quay, cells)
 
     def _water(self, i: int, j: int, use: str, start: int, bank: int) -> tuple[str, int]:
         """Turns the river's strip into water, and three of its cells with the land behind into a harbor."""

@@ -32,6 +32,21 @@ def offset(points, distance: float) -> list[Point]:
     return result
 
 
+def bezier(a: Point, b: Point, c: Point, d: Point, parts: int) -> list[Point]:
+    """A cubic Bezier curve from a to d in `parts` straight parts."""
+    result = []
+    for k in range(parts + 1):
+        t = k / parts
+        s = 1.0 - t
+        weights = (s * s * s, 3 * s * s * t, 3 * s * t * t, t * t * t)
+        result.append(
+            tuple(
+                weights[0] * a[i] + weights[1] * b[i] + weights[2] * c[i] + weights[3] * d[i] for i in (0, 1)
+            )
+        )
+    return result
+
+
 def cut(points, start: float, end: float) -> list[Point]:
     """The part of a polyline between two arc lengths (metres from its first point); empty when end <=
     start."""

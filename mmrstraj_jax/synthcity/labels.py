@@ -1,26 +1,34 @@
-"""Dense labels of a view for tower pre-training: per-patch class shares and object counts."""
+"""Dense labels of a view for tower pre-training: per-patch class shares, object counts, road metres."""
 
+import itertools
+import math
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
-from mmrstraj_jax.synthcity.render import CLASSES
+from mmrstraj_jax.synthcity.canvas import CLASSES
+from mmrstraj_jax.synthcity.city import SPECS
 from mmrstraj_jax.synthcity.truth import BUILDINGS, Truth
+from mmrstraj_jax.synthcity.window import View
 
-KINDS = ("building", "house", "pool", "car", "tank", "ship", "tree", "field", "junction")
+OBJECTS = ("building", "house", "pool", "car", "tank", "ship", "tree", "field", "airplane", "moving car")
+KINDS = (*OBJECTS, "junction", *SPECS)
+_STEP = 2.5  # metres between the points that stand for a road's centre line
+_UNIT = 10.0  # metres of road that count as one
 
 
 class Labels(NamedTuple):
-    shares: Float[np.ndarray, "side side C"]  # of each patch's pixels, by class of render.CLASSES
-    counts: Float[np.ndarray, "side side K"]  # object centres in each patch, by kind of KINDS
+    shares: Float[np.ndarray, "side side C"]  # of each patch's pixels, by class of canvas.CLASSES
+    counts: Float[np.ndarray, "side side K"]  # by kind of KINDS: centres of objects and junctions, and tens
+    # of metres of centre line of each road class
 
 
-def labels(truth: Truth, classes: np.ndarray, junctions: list[tuple[float, float]], side: int = 8) -> Labels:
+def labels(view: View, truth: Truth, classes: np.ndarray, side: int = 8) -> Labels:
     """Labels on a side x side grid over the whole image (which the base view squeezes to a square).
 
-    classes: uint8 [H, W] of the renderer; junctions: (u, v) of junction centres. An object counts where its
-    centre is, whether or not it is near the image border.
+    classes: uint8 [H, W] of the renderer. An object counts where its centre is, whether or not it is near the
+    image border.
     """
     h, w = classes.shape
     rows, columns = np.arange(h) * side // h, np.arange(w) * side // w
@@ -30,14 +38,25 @@ def labels(truth: Truth, classes: np.ndarray, junctions: list[tuple[float, float
     shares /= shares.sum(-1, keepdims=True)
     counts = np.zeros((side, side, len(KINDS)), np.float32)
     for item in truth.items:
-        for kind in {item.kind, "building" if item.kind in BUILDINGS else item.kind} & set(KINDS):
-            _add(counts, item.u, item.v, KINDS.index(kind))
-    for u, v in junctions:
-        _add(counts, u, v, KINDS.index("junction"))
+        names = {item.kind, f"{item.tag} {item.kind}", "building" if item.kind in BUILDINGS else item.kind}
+        for kind in names & set(OBJECTS):
+            _add(counts, item.u, item.v, kind)
+    x0, y0, x1, y1 = view.window.bounds
+    for node in view.nodes:
+        if node.kind not in ("bend", "overpass", "merge"):
+            _add(counts, (node.x - x0) / (x1 - x0), (y1 - node.y) / (y1 - y0), "junction")
+    for road in view.roads:
+        for (ax, ay), (bx, by) in itertools.pairwise(road.points):
+            length = math.hypot(bx - ax, by - ay)
+            steps = max(1, round(length / _STEP))
+            for k in range(steps):
+                t = (k + 0.5) / steps
+                u, v = (ax + (bx - ax) * t - x0) / (x1 - x0), (y1 - ay - (by - ay) * t) / (y1 - y0)
+                _add(counts, u, v, road.cls, length / steps / _UNIT)
     return Labels(shares, counts)
 
 
-def _add(counts: np.ndarray, u: float, v: float, kind: int) -> None:
+def _add(counts: np.ndarray, u: float, v: float, kind: str, amount: float = 1.0) -> None:
     side = counts.shape[0]
     if 0 <= u < 1 and 0 <= v < 1:
-        counts[int(v * side), int(u * side), kind] += 1
+        counts[int(v * side), int(u * side), KINDS.index(kind)] += amount

@@ -16,12 +16,14 @@ from mmrstraj_jax.synthcity.city import City
 from mmrstraj_jax.synthcity.rand import Stream
 from mmrstraj_jax.synthcity.vehicles import HOUR_LEVEL
 
-FREE_KMH = {"motorway": 100.0, "arterial": 55.0, "collector": 45.0, "local": 30.0}
-CAPACITY = {"motorway": 5400.0, "arterial": 1700.0, "collector": 800.0, "local": 400.0}  # a direction, hourly
+FREE_KMH = {"motorway": 100.0, "arterial": 55.0, "collector": 45.0, "local": 30.0, "ramp": 45.0}
+# A direction, hourly
+CAPACITY = {"motorway": 5400.0, "arterial": 1700.0, "collector": 800.0, "local": 400.0, "ramp": 1200.0}
 NODE_SECONDS = {"crossroads": 6.0, "T-junction": 4.0, "roundabout": 5.0}  # lost in passing
 SLIP_SECONDS = 15.0  # from one level of an interchange to the other
 _FRICTION = 0.1  # share of the free speed that the peak hour's turning and crossing traffic takes
 _ALPHA, _BETA = 2.0, 3.0  # of the volume-delay function (Bureau of Public Roads 1964, parameters of a city)
+_FULL = 1.3  # of the capacity: more does not fit on a road and comes an hour later
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Network:
 
     def seconds(self, hour: int, load: Float[np.ndarray, " E"] | float = 0.0) -> Float[np.ndarray, " E"]:
         """Travel time of every edge at an hour. load: vehicles an hour on each edge."""
-        queue = 1 + _ALPHA * (load / self.capacity) ** _BETA
+        queue = 1 + _ALPHA * np.minimum(load / self.capacity, _FULL) ** _BETA
         speed = self.free * (1 - _FRICTION * HOUR_LEVEL[hour]) / queue
         return self.length / speed + self.delay * (0.8 + 0.4 * HOUR_LEVEL[hour])
 
@@ -107,15 +109,13 @@ def _network(city: City) -> Network:
         start, end = at(road.start, road.cls), at(road.end, road.cls)
         # Not quite the same speed everywhere: in a lattice many paths would be equally quick otherwise
         facts = (road.length, FREE_KMH[road.cls] / 3.6 * s.uniform(0.95, 1.05), CAPACITY[road.cls])
-        for tail, head, node, forward in (
-            (start, end, road.end, True),
-            (end, start, road.start, False),
-        ):
+        ways = ((start, end, road.end, True), (end, start, road.start, False))
+        for tail, head, node, forward in ways[:1] if road.cls == "ramp" else ways:
             through = road.cls == "motorway" or city.nodes[node].kind == "overpass"
             delay = 0.0 if through else NODE_SECONDS.get(city.nodes[node].kind, 0.0)
             edges.append((tail, head, number, forward, *facts, delay))
     for (node, upper), number in list(vertex.items()):
-        if upper and node in arterial:
+        if upper and node in arterial and node != city.interchange:  # which has ramps of its own
             below = vertex[node, False]
             edges += [
                 (a, b, -1, True, 60.0, 60.0 / SLIP_SECONDS, CAPACITY["arterial"], 0.0)

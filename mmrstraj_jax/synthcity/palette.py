@@ -1,6 +1,7 @@
 """Colours, light and weather of an image: the two domains, the seasons of the first, and the panchromatic
 sensor."""
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -20,6 +21,8 @@ _SUMMER: dict[str, RGB] = {
     "paved": (158, 154, 148), "parking": (104, 104, 108), "yard": (168, 156, 134), "path": (188, 180, 160),
     "quay": (176, 170, 158), "crop0": (168, 158, 86), "crop1": (112, 140, 62), "crop2": (150, 122, 84),
     "pitch": (70, 146, 66), "track": (184, 92, 66), "pool": (66, 196, 226), "deck": (220, 214, 200),
+    "hedge": (62, 88, 50), "bund": (150, 140, 122), "slab": (186, 178, 166), "drive": (170, 166, 158),
+    "runway": (88, 89, 93), "taxiway": (112, 112, 112), "apron": (164, 162, 156),
     "marking": (236, 234, 226), "yellow": (226, 190, 64), "concrete": (190, 186, 180),
 }  # fmt: skip
 # Domain B, dry season: what differs.
@@ -31,6 +34,8 @@ _DRY: dict[str, RGB] = {
     "paved": (198, 184, 156), "parking": (136, 128, 118), "yard": (212, 190, 146), "path": (214, 196, 156),
     "quay": (200, 188, 164), "crop0": (206, 178, 104), "crop1": (158, 158, 84), "crop2": (184, 142, 92),
     "pitch": (142, 152, 82), "track": (196, 116, 82), "pool": (88, 190, 206), "deck": (228, 214, 182),
+    "hedge": (116, 118, 70), "bund": (186, 166, 130), "slab": (206, 192, 166), "drive": (190, 176, 152),
+    "runway": (120, 114, 108), "taxiway": (140, 132, 122), "apron": (186, 176, 158),
 }  # fmt: skip
 _AUTUMN: dict[str, RGB] = {
     "tree": (132, 96, 42),
@@ -40,8 +45,8 @@ _AUTUMN: dict[str, RGB] = {
 }
 _SPRING: dict[str, RGB] = {
     "tree": (72, 118, 50),
-    "lawn": (112, 144, 82),
-    "grass": (120, 148, 80),
+    "lawn": (106, 134, 80),
+    "grass": (116, 137, 82),
     "crop0": (196, 188, 70),
 }
 
@@ -55,6 +60,9 @@ CAR_RGB: dict[str, RGB] = {
     "yellow": (246, 208, 36),
 }  # fmt: skip
 TANK_RGB: dict[str, RGB] = {"white": (232, 232, 228), "gray": (150, 154, 160), "brown": (146, 102, 72)}
+PLANE_RGB: dict[str, RGB] = {
+    "white": (240, 240, 240), "gray": (196, 200, 206), "red": (200, 44, 44), "blue": (44, 84, 180),
+}  # fmt: skip
 SHIP_RGB: dict[str, RGB] = {
     "red": (186, 52, 44),
     "blue": (44, 84, 170),
@@ -118,17 +126,46 @@ def shade(color: RGB, factor: float) -> RGB:
     return tuple(min(255, max(0, int(c * factor + 0.5))) for c in color)
 
 
-def mottle(size: int = 256) -> np.ndarray:
-    """A periodic texture [size, size] float32 of mean 0 and standard deviation about 1: noise on four scales.
+def grain(*key: float) -> float:
+    """A number in 0..1 from whole numbers or metres: the small differences between things of one kind."""
+    value = 0x9E3779B9
+    for part in key:
+        value = ((value ^ int(part * 16 + (1 << 24))) * 0x85EBCA6B) & 0xFFFFFFFF
+        value ^= value >> 15
+    return (value * 0xC2B2AE35 & 0xFFFFFFFF) / 4294967296.0
 
-    It is tied to world coordinates by the renderer, so neighbouring windows carry the same ground.
+
+def jitter(color: RGB, x: float, y: float, spread: float = 0.09) -> RGB:
+    """A colour made a little brighter or darker by where the thing stands."""
+    return shade(color, 1.0 + spread * (2 * grain(x, y) - 1))
+
+
+@functools.cache
+def mottle() -> tuple[tuple[np.ndarray, float], tuple[np.ndarray, float]]:
+    """Two periodic textures (float32, mean 0, standard deviation about 1) with the metres of a texel: fine
+    grain and broad patches.
+
+    The renderer ties them to world coordinates, so neighbouring windows carry the same ground.
     """
     generator = Stream(20240607).generator
+    fine = _octaves(generator, ((1, 0.55), (2, 0.6), (4, 0.55)))
+    broad = _octaves(generator, ((8, 0.45), (16, 0.6), (64, 0.6)))
+    return (fine, 0.25), (broad, 0.5)
+
+
+def _octaves(generator: np.random.Generator, octaves, size: int = 512) -> np.ndarray:
+    """Sum of (step, weight) noises: white noise of size / step, grown by linear interpolation."""
     total = np.zeros((size, size), np.float32)
-    for step, weight in ((1, 0.55), (2, 0.5), (8, 0.55), (32, 0.6)):
-        coarse = generator.random((size // step, size // step), np.float32) - 0.5
-        grown = np.kron(coarse, np.ones((step, step), np.float32))
-        for axis in (0, 1):  # a box blur as wide as the step takes the blocks away, wrapping round
-            grown = np.mean([np.roll(grown, k, axis) for k in range(step)], axis=0, dtype=np.float32)
-        total += weight * grown / max(float(grown.std()), 1e-6)
-    return total / total.std()
+    for step, weight in octaves:
+        grown = generator.random((size // step, size // step), np.float32) - np.float32(0.5)
+        for axis in (0, 1):
+            part = (np.arange(step, dtype=np.float32) + np.float32(0.5)) / np.float32(step)
+            part = np.tile(part, size // step)
+            part = part[:, None] if axis == 0 else part[None, :]
+            after = np.repeat(np.roll(grown, -1, axis), step, axis)
+            grown = np.repeat(grown, step, axis)
+            grown = grown + (after - grown) * part
+        # A uniform of width 1 has variance 1/12; linear interpolation between two leaves 2/3 of it an axis.
+        spread = 1 / 12 * (4 / 9 if step > 1 else 4 / 16)
+        total += np.float32(weight / math.sqrt(spread)) * grown
+    return total / np.float32(math.sqrt(math.fsum(w * w for _, w in octaves)))

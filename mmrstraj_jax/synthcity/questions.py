@@ -51,12 +51,17 @@ class Balancer:
 PRESENCE = {
     "car": "object", "house": "object", "pool": "object", "tank": "object", "ship": "object",
     "tree": "object",
-    "field": "object", "apartment": "object", "warehouse": "object", "roundabout": "junction",
+    "field": "object", "apartment": "object", "warehouse": "object", "airplane": "object",
+    "roundabout": "junction",
     "bridge": "bridge",
     "farmland": "share", "water": "share", "building": "object",
 }  # fmt: skip
-QUANTITY = ("car", "house", "building", "pool", "tank", "ship", "tree", "parked car", "apartment")
-UNIQUE = ("car", "house", "pool", "tank", "ship", "field", "tree", "apartment", "warehouse", "shop")
+QUANTITY = (
+    "car", "house", "building", "pool", "tank", "ship", "tree", "parked car", "apartment", "airplane",
+)  # fmt: skip
+UNIQUE = (
+    "car", "house", "pool", "tank", "ship", "field", "tree", "apartment", "warehouse", "shop", "airplane",
+)  # fmt: skip
 AREAS = {
     "buildings": "building",
     "roads": "road",
@@ -117,7 +122,7 @@ def presence(t: Truth, s: Stream) -> Iterator[Question]:
 def quantity(t: Truth, s: Stream) -> Iterator[Question]:
     for kind in QUANTITY:
         count = t.count(kind)
-        if count.exact is not None and 1 <= count.exact <= MAX_COUNT and count.visible - count.exact <= 2:
+        if count.exact is not None and 1 <= count.exact <= MAX_COUNT and count.visible - count.exact <= 1:
             text = s.choice(
                 (f"How many {plural(kind)} are there in the image?", f"What is the number of {plural(kind)}?",
                  f"How many {plural(kind)} can be seen?")
@@ -193,7 +198,12 @@ def re_position(t: Truth, s: Stream) -> Iterator[Question]:
         facts = {"of": first.kind, "to": second.kind}
         side = side_of(first, second)
         if side:
-            text = f"Where is the {one} relative to the {two}?"
+            text = s.choice(
+                (
+                    f"Where is the {one} relative to the {two}?",
+                    f"What is the position of the {one} relative to the {two}?",
+                )
+            )
             yield Question("re_position", text, side, "re_position", facts)
 
 

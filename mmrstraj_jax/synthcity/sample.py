@@ -29,7 +29,7 @@ from mmrstraj_jax.synthcity.render import render
 from mmrstraj_jax.synthcity.truth import Truth, truth_of
 from mmrstraj_jax.synthcity.window import View, Window, view
 
-VERSION = "1"  # of everything that changes a pixel or a word; part of the cache's folder name
+VERSION = "2"  # of everything that changes a pixel or a word; part of the cache's folder name
 # A split's number is part of every city's seed, so no two splits share a city.
 SPLITS = {"base": 1, "stage1": 2, "stage2": 3, "eval_base": 4, "eval_stage1": 5, "eval_stage2": 6}
 KINDS = ("base", "general", "traffic", "eval_general", "eval_traffic")
@@ -38,13 +38,23 @@ REHEARSAL = 0.3  # share of general images in traffic training data
 TEXT_ROWS = 0.25  # text-only rows per image in base training data
 # (width, height) in pixels -> weight; metres a pixel
 SHAPES = {(224, 224): 0.7, (112, 112): 0.1, (336, 224): 0.1, (224, 336): 0.1}
-_GSD = {(224, 224): (0.43, 0.54), (112, 112): (0.62, 0.75), (336, 224): (0.42, 0.5), (224, 336): (0.42, 0.5)}
+_GSD = {(224, 224): (0.43, 0.54), (112, 112): (0.43, 0.54), (336, 224): (0.42, 0.5), (224, 336): (0.42, 0.5)}
 _CENTERS = {
     "residential": 4.0, "apartments": 1.5, "commercial": 2.0, "industrial": 2.6, "park": 1.4, "sports": 1.6,
     "farmland": 1.3, "harbor": 2.2, "water": 1.6, "roundabout": 0.9, "overpass": 1.0, "crossroads": 1.0,
     "T-junction": 0.8, "dead end": 0.9, "motorway": 1.0, "arterial": 1.2,
+    "airport": 1.8, "interchange": 0.9,
 }  # fmt: skip
-_ROAD_CENTERS = ("roundabout", "overpass", "crossroads", "T-junction", "dead end", "motorway", "arterial")
+_ROAD_CENTERS = (
+    "roundabout",
+    "overpass",
+    "crossroads",
+    "T-junction",
+    "dead end",
+    "motorway",
+    "arterial",
+    "interchange",
+)
 _HOURS = (3, 6, 8, 8, 12, 12, 15, 17, 17, 19, 21, 22)
 
 
@@ -60,11 +70,7 @@ class Sample:
 
     def labels(self, side: int = 8) -> Labels:
         """Dense labels on a side x side grid."""
-        x0, y0, x1, y1 = self.view.window.bounds
-        met = [n for n in self.view.nodes if n.kind not in ("bend", "overpass")]
-        return labels(
-            self.truth, self.classes, [((n.x - x0) / (x1 - x0), (y1 - n.y) / (y1 - y0)) for n in met], side
-        )
+        return labels(self.view, self.truth, self.classes, side)
 
 
 def city_seed(split: str, seed: int, index: int) -> int:
@@ -127,14 +133,20 @@ def _inner(city: City) -> dict[str, list[tuple[float, float]]]:
         places: dict[str, list] = {}
         side, outer = CELLS + 1, CELLS - 1
         for block in city.blocks:
-            i, j = divmod(block.id, CELLS)
-            if 0 < i < outer and 0 < j < outer:
-                xs, ys = zip(*block.corners, strict=True)
-                places.setdefault(block.use, []).append((math.fsum(xs) / 4, math.fsum(ys) / 4))
+            i0, j0, i1, j1 = block.cells
+            if min(i0, j0) > 0 and max(i1, j1) <= outer:
+                (ax, ay), (bx, by), (cx, cy), (dx, dy) = block.corners
+                for i in range(i1 - i0):  # one place for each cell of the lattice
+                    for j in range(j1 - j0):
+                        u, v = (i + 0.5) / (i1 - i0), (j + 0.5) / (j1 - j0)
+                        x = (ax * (1 - u) + bx * u) * (1 - v) + (dx * (1 - u) + cx * u) * v
+                        y = (ay * (1 - u) + by * u) * (1 - v) + (dy * (1 - u) + cy * u) * v
+                        places.setdefault(block.use, []).append((x, y))
         for node in city.nodes[: side**2]:
             i, j = divmod(node.id, side)
             if 1 < i < outer and 1 < j < outer:
-                places.setdefault(node.kind, []).append((node.x, node.y))
+                kind = "interchange" if node.id == city.interchange else node.kind
+                places.setdefault(kind, []).append((node.x, node.y))
         inner = {i * side + j for i in range(2, outer) for j in range(2, outer)}
         for node in city.nodes[side**2 :]:
             if any(node.id == r.end and r.start in inner for r in city.roads):

@@ -14,20 +14,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mmrstraj_jax.synthcity.city import ROAD_CLASSES, Block
+from mmrstraj_jax.synthcity.canvas import CLASSES
+from mmrstraj_jax.synthcity.city import ROAD_CLASSES, Block, Node
 from mmrstraj_jax.synthcity.geometry import clip_segment
 from mmrstraj_jax.synthcity.palette import Look
-from mmrstraj_jax.synthcity.render import CLASSES
 from mmrstraj_jax.synthcity.window import View
 
-BUILDINGS = ("house", "apartment", "shop", "warehouse")
+BUILDINGS = ("house", "apartment", "shop", "warehouse", "hangar", "terminal")
 CELL_NAMES = (
     "top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right",
 )  # fmt: skip
+JUNCTIONS = ("crossroads", "T-junction", "roundabout", "dead end", "overpass", "interchange")
 DIRECTIONS = {"north-south": 90.0, "east-west": 0.0, "diagonal": None}
 # Traffic level from the number of moving vehicles in the image; text rows teach the same thresholds.
 LEVELS = (("light", 0, 3), ("moderate", 4, 9), ("heavy", 10, 10_000))
-_CELL_MARGIN = 0.03  # of the image side: nearer to a cell border than this, no cell is named
+_CELL_MARGIN = 0.045  # of the image side: nearer to a cell border than this, no cell is named
 _ANGLE = 18.0  # degrees from an axis within which a direction is named
 
 
@@ -61,22 +62,46 @@ class Count:
 
 @dataclass(frozen=True)
 class Truth:
+    """Everything that is known of an image; None where the margin rule leaves an answer open.
+
+    Attributes:
+        items: objects with kind, color, place in the image (shares of width and height) and size (metres).
+        counts: objects by kind; also "building", "moving car", "parked car".
+        shares: of the image's pixels, by class of canvas.CLASSES; what stands higher hides what lies below.
+        uses: zoning, as shares of the image by land use (residential, apartments, commercial, industrial,
+            park, sports, farmland, water, harbor, airport, verge).
+        road_lengths: metres of road centre line by class (motorway, arterial, collector, local, ramp) and
+            direction (north-south, east-west, diagonal, "other" between the names).
+        main_class: the highest road class that is clearly in the image.
+        main_direction: its direction, when nearly all of it runs one way.
+        junctions: by kind: crossroads, T-junction, roundabout, dead end, overpass, interchange.
+        nodes: (kind, u, v) of the same junctions that are surely inside, with their place in the image.
+        bridges: bridges over water.
+        density: of buildings: sparse, medium, dense.
+        scene: the land use that fills the image.
+        level: of traffic, from the moving vehicles: light, moderate, heavy.
+        busiest: the side with clearly more vehicles: left, right, top, bottom.
+        parking: parked cars in, and stalls of, the car parks, when all of them lie inside the image.
+        modality: color or panchromatic.
+        sun: the corner that the sunlight comes from.
+        domain: A or B.
+    """
+
     items: tuple[Item, ...]
     counts: dict[str, Count]
-    shares: dict[str, float]  # of the image's pixels, by class of render.CLASSES
-    uses: dict[str, float]  # share of the image by land use
-    road_lengths: dict[
-        str, dict[str, float]
-    ]  # metres by road class and direction ("other": between the names)
-    main_class: str | None  # highest road class that is clearly in the image
+    shares: dict[str, float]
+    uses: dict[str, float]
+    road_lengths: dict[str, dict[str, float]]
+    main_class: str | None
     main_direction: str | None
     junctions: dict[str, Count]
+    nodes: tuple[tuple[str, float, float], ...]
     bridges: Count
-    density: str | None  # of buildings: sparse, medium, dense
+    density: str | None
     scene: str | None
-    level: str | None  # of traffic: light, moderate, heavy
-    busiest: str | None  # side with clearly more vehicles: left, right, top, bottom
-    parking: tuple[int, int] | None  # parked cars in lots that lie clearly inside, stalls there
+    level: str | None
+    busiest: str | None
+    parking: tuple[int, int] | None
     modality: str
     sun: str
     domain: str
@@ -100,6 +125,7 @@ class Truth:
         data["road_lengths"] = {
             c: {d: round(x, 2) for d, x in by.items()} for c, by in self.road_lengths.items()
         }
+        data["nodes"] = [[kind, round(u, 4), round(v, 4)] for kind, u, v in self.nodes]
         return data
 
 
@@ -142,14 +168,11 @@ def truth_of(view: View, look: Look, classes: np.ndarray) -> Truth:
     uses = _uses(view)
     lengths = _road_lengths(view)
     main_class, main_direction = _main(lengths)
-    nodes = [
-        (n, _status(n.x, n.y, max(2 * n.radius, 20.0), max(n.radius + 2, 16.0), x0, y0, x1, y1))
-        for n in view.nodes
-    ]
-    junctions = {
-        kind: _count_status([s for n, s in nodes if n.kind == kind])
-        for kind in ("crossroads", "T-junction", "roundabout", "dead end", "overpass")
-    }
+    met = _junctions(view)
+    junctions = {kind: _count_status([s for k, _, s in met if k == kind]) for kind in JUNCTIONS}
+    nodes = tuple(
+        (kind, (n.x - x0) / (x1 - x0), (y1 - n.y) / (y1 - y0)) for kind, n, s in met if s == "inside"
+    )
     m = counts["moving car"]
     level = level_of(m.sure) if level_of(m.sure) == level_of(m.possible) else None
     return Truth(
@@ -161,6 +184,7 @@ def truth_of(view: View, look: Look, classes: np.ndarray) -> Truth:
         main_class=main_class,
         main_direction=main_direction,
         junctions=junctions,
+        nodes=nodes,
         bridges=_bridges(view),
         density=_density(shares, counts["building"]),
         scene=_scene(uses, counts),
@@ -183,6 +207,21 @@ def _status(x, y, size, reach, x0, y0, x1, y1) -> str | None:
     if inside > -band:
         return "unsure"
     return "sliver" if inside > -reach - 0.5 else None
+
+
+def _junctions(view: View) -> list[tuple[str, Node, str | None]]:
+    """(kind, node, status) of the junctions of a view."""
+    found = []
+    for n in view.nodes:
+        reach = max(n.radius + 2, 16.0)
+        status = _status(n.x, n.y, max(2 * n.radius, 20.0), reach, *view.window.bounds)
+        found.append((n.kind, n, status))
+        if n.id == view.window.city.interchange:
+            found.append(("interchange", n, status))
+        if n.kind == "ramp" and status:
+            # Where ramps meet a street looks like a crossroads or a T-junction and is neither.
+            found += [("crossroads", n, "sliver"), ("T-junction", n, "sliver")]
+    return [(kind, n, status) for kind, n, status in found if kind in JUNCTIONS]
 
 
 def _item(t, x0, y0, x1, y1) -> Item | None:
@@ -240,7 +279,7 @@ def _road_lengths(view: View) -> dict[str, dict[str, float]]:
 def _main(lengths) -> tuple[str | None, str | None]:
     """The highest road class with at least 40 m in the image, unless a few metres of a higher one muddle it;
     its direction when 85 % of it runs one way."""
-    for cls in sorted(lengths, key=lambda c: -ROAD_CLASSES[c].rank):
+    for cls in sorted(set(lengths) - {"ramp"}, key=lambda c: -ROAD_CLASSES[c].rank):
         total = math.fsum(lengths[cls].values())
         if total >= 40.0:
             best = max(lengths[cls], key=lambda d: lengths[cls][d])
@@ -276,6 +315,7 @@ _SCENES = {
     "residential": "residential", "apartments": "apartments", "commercial": "commercial",
     "industrial": "industrial",
     "park": "park", "sports": "sports field", "farmland": "farmland",
+    "airport": "airport",
 }  # fmt: skip
 
 
@@ -299,6 +339,8 @@ def _scene(uses: dict[str, float], counts: dict[str, Count]) -> str | None:
         "park": "tree",
     }
     if use in proof and not counts.get(proof[use], none).sure:
+        return None
+    if use == "airport" and not any(counts.get(k, none).sure for k in ("airplane", "terminal", "hangar")):
         return None
     if use == "industrial" and not (counts.get("tank", none).sure or counts.get("warehouse", none).sure):
         return None

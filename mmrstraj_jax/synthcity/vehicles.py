@@ -2,9 +2,9 @@
 
 import math
 
-from mmrstraj_jax.synthcity.blocks import CAR_LENGTH, CAR_WIDTH, CARS, Thing
 from mmrstraj_jax.synthcity.city import ROAD_CLASSES, City, Road
 from mmrstraj_jax.synthcity.geometry import along
+from mmrstraj_jax.synthcity.parts import CAR_LENGTH, CAR_WIDTH, CARS, Thing
 from mmrstraj_jax.synthcity.rand import Stream
 
 # Share of the peak's traffic by hour of the day: two peaks, a quiet night.
@@ -13,7 +13,7 @@ HOUR_LEVEL = (
     0.5, 0.45, 0.45, 0.55, 0.8, 1.0, 0.95, 0.6, 0.4, 0.3, 0.2, 0.1,
 )  # fmt: skip
 # Chance that a 9 m slot of a lane is taken at the peak.
-_TAKEN = {"motorway": 0.34, "arterial": 0.36, "collector": 0.26, "local": 0.06}
+_TAKEN = {"motorway": 0.34, "arterial": 0.36, "collector": 0.26, "local": 0.06, "ramp": 0.2}
 _KERB = 0.05  # chance that a 7 m kerb slot of a local road holds a parked car
 
 
@@ -24,6 +24,7 @@ def lane_offsets(cls: str) -> list[float]:
         "arterial": [2.0, 5.5],
         "collector": [2.3],
         "local": [1.5],
+        "ramp": [0.0],
     }[cls]
 
 
@@ -39,7 +40,7 @@ def _ends(city: City, road: Road) -> tuple[float, float]:
     """Arc lengths between which a vehicle stands on this road alone, clear of both junctions."""
     reach = []
     for node in (city.nodes[road.start], city.nodes[road.end]):
-        through = node.kind in ("overpass", "bend") and node.radius <= road.width / 2
+        through = node.kind in ("overpass", "bend", "merge") and node.radius <= road.width / 2
         # Nothing is drawn under the deck of an overpass.
         bare = 12.0 if node.kind == "overpass" else 3.0
         reach.append(bare if through and road.cls == "motorway" else node.radius + 5.0)
@@ -52,7 +53,7 @@ def _moving(city: City, road: Road, hour: int) -> list[Thing]:
     slots = int((end - start) / 9.0)
     taken = _TAKEN[road.cls] * HOUR_LEVEL[hour]
     cars = []
-    for direction in (1, -1):
+    for direction in (1,) if road.cls == "ramp" else (1, -1):
         for shift in lane_offsets(road.cls):
             for k in range(slots):
                 if s.chance(taken):

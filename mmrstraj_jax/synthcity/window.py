@@ -4,8 +4,9 @@ this."""
 from dataclasses import dataclass
 
 from mmrstraj_jax.synthcity import vehicles
-from mmrstraj_jax.synthcity.blocks import Ground, Thing, content
+from mmrstraj_jax.synthcity.blocks import content
 from mmrstraj_jax.synthcity.city import Block, City, Node, Road
+from mmrstraj_jax.synthcity.parts import Ground, Thing
 
 
 @dataclass(frozen=True)
@@ -43,16 +44,18 @@ class View:
     things: list[Thing]
 
 
+EDGE = 20.0  # metres beside a road's centre line or a block's outline that are drawn with it
 SHADOW = 13.0  # metres that the longest shadow reaches
-NODE = 25.0  # metres around a junction within which anything is drawn because of it
+NODE = 30.0  # metres around a junction within which anything is drawn because of it
 
 
 def view(window: Window) -> View:
     """Collects the part of the city that a window can show."""
     city = window.city
     x0, y0, x1, y1 = window.bounds
-    blocks = city.blocks_near(x0, y0, x1, y1)
-    roads = city.roads_near(x0, y0, x1, y1)
+    m = EDGE
+    blocks = city.blocks_near(x0 - m, y0 - m, x1 + m, y1 + m)
+    roads = city.roads_near(x0 - m, y0 - m, x1 + m, y1 + m)
     grounds: list[Ground] = []
     found: list[Thing] = []
     for block in blocks:
