@@ -146,7 +146,7 @@ def main(argv: list[str]) -> int:
         note = f"Base weights: `{found.base}`."
         done = export.export_hf(
             found.model, *sizes, args.out, tokenizer_dir=tokenizer, dtype=dtype, unused=found.unused,
-            title=args.title, notes=(note,), base=found.base if found.train_full else None, **how
+            title=args.title, notes=(note,), base=found.base, train_full=found.train_full, **how
         )  # fmt: skip
         lost = f", {done.num_unchanged} of them unchanged by rounding" if done.num_unchanged else ""
         print(

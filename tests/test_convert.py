@@ -118,7 +118,7 @@ def test_a_part_trained_in_full_is_exported(hub, tmp_path):
     assert set(content) == {
         f"multi_modal_projector.linear_{n}.{p}" for n in (1, 2) for p in ("weight", "bias")
     }
-    with pytest.raises(UserError, match="every trained parameter equals the base"):
+    with pytest.raises(UserError, match="^projector: trained in full, but every parameter equals the base"):
         run("export", hub, tmp_path / "hf", "--adapter", full, "--dtype", "float32")
     content["multi_modal_projector.linear_1.bias"][0] += 1
     save_file(content, f"{full}/adapter.safetensors")
@@ -131,6 +131,21 @@ def test_a_part_trained_in_full_is_exported(hub, tmp_path):
     assert run("export", hub, tmp_path / "peft", "--adapter", full, "--peft") == 0
     settings = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert settings["modules_to_save"] == ["multi_modal_projector"]
+
+
+def test_each_part_trained_in_full_must_differ_from_the_base(hub, tmp_path):
+    """Beside adapters that do change something, and beside another part that does."""
+    lora = LoRAConfig(rank=2, vision_tower=(), projector=(), language_model=("q_proj",))
+    mixed = adapter(hub, tmp_path / "mixed", train_full=("projector", "newline"), lora=lora)
+    content = load_file(f"{mixed}/adapter.safetensors")
+    content["multi_modal_projector.linear_1.bias"][0] += 1
+    save_file(content, f"{mixed}/adapter.safetensors")
+    with pytest.raises(UserError, match="^newline: trained in full"):
+        run("export", hub, tmp_path / "hf", "--adapter", mixed, "--dtype", "float32")
+    assert not (tmp_path / "hf").exists()
+    content["image_newline"][0] += 1
+    save_file(content, f"{mixed}/adapter.safetensors")
+    assert run("export", hub, tmp_path / "hf", "--adapter", mixed, "--dtype", "float32") == 0
 
 
 def test_a_run_directory_is_a_source(hub, tmp_path, monkeypatch):

@@ -20,12 +20,13 @@ from jaxtyping import Shaped
 from mmrstraj_jax.config import AnyResConfig, LoRAConfig, ModelConfig
 from mmrstraj_jax.data.tokenizer import Tokenizer, bind_token_ids
 from mmrstraj_jax.errors import UserError
-from mmrstraj_jax.models.layers import Linear, Trainable
+from mmrstraj_jax.models.layers import Linear
+from mmrstraj_jax.models.lora import PARTS
 from mmrstraj_jax.models.mmrstraj import MMRSTraj, init_model
 from mmrstraj_jax.weights import layouts
 from mmrstraj_jax.weights.files import list_tensors
 from mmrstraj_jax.weights.foreign import open_folder
-from mmrstraj_jax.weights.load import check, leaf_shapes, open_source, path_name, read_leaf
+from mmrstraj_jax.weights.load import check, leaf_shapes, open_source, read_leaf
 from mmrstraj_jax.weights.native import leaves
 from mmrstraj_jax.weights.progress import Progress
 from mmrstraj_jax.weights.safetensors_io import Output, Reader, write_file, write_sharded, write_text
@@ -107,6 +108,7 @@ def export_hf(
     dtype: jnp.dtype | None = None,
     unused: Mapping[str, Shaped[np.ndarray, "*S"]] | None = None,
     base: str | None = None,
+    train_full: tuple[str, ...] = (),
     title: str = "MM-RSTraj",
     notes: tuple[str, ...] = (),
     max_shard_bytes: int = 5 * 10**9,
@@ -122,12 +124,13 @@ def export_hf(
         policy: serving policy, "anyres_max_N"; needed when `anyres` is tau.
         dtype: of the tensors; by default that of the embedding.
         unused: LoadedModel.unused; without it the unused post_layernorm is written as identity.
-        base: weights that parts trained in full must differ from; adapters know their base without it.
+        base: weights that the parts trained in full must differ from; adapters know their base without it.
+        train_full: parts trained in full, each of which must differ from the base.
         title, notes: of the model card.
     Raises:
-        UserError: the target exists, tau without a policy, no tokenizer, a tokenizer that does not
-        fit, adapters
-            that change nothing, or a difference between what was written and what was read back.
+        UserError: the target exists, tau without a policy, no tokenizer, a tokenizer that does not fit,
+            adapters or a part trained in full that change nothing, or a difference between what was written
+            and what was read back.
     """
     served = serving_policy(anyres, policy)
     if tokenizer_dir is None:
@@ -150,8 +153,9 @@ def export_hf(
         outputs.append(Output(key, array.dtype, shape, lambda array=array: array))
     outputs.sort(key=lambda tensor: _natural(tensor.name))
     num_unchanged = _check_merge(pairs)
-    if base is not None and not pairs:
-        _check_trained(model, base, dtype)
+    if train_full:
+        assert base is not None, "parts trained in full are compared with the base"
+        _check_trained(model, base, dtype, train_full)
 
     with _new_folder(directory) as folder:
         write_sharded(folder, outputs, max_shard_bytes)
@@ -179,19 +183,25 @@ def _check_merge(pairs: list[tuple[str, Output, Output]]) -> int:
     return len(unchanged)
 
 
-def _check_trained(model: MMRSTraj, base: str, dtype: np.dtype) -> None:
-    """An error when every leaf trained in full still equals the base's."""
-    trainable = nnx.split(model, Trainable, ...)[1]
-    source = open_source(base)
+def _check_trained(model: MMRSTraj, base: str, dtype: np.dtype, train_full: tuple[str, ...]) -> None:
+    """An error that names the parts trained in full of which every parameter still equals the base's."""
+    state, source, unchanged = leaves(model), open_source(base), []
     with Reader() as reader:
-        for keys, leaf in jax.tree_util.tree_leaves_with_path(trainable):
-            before = np.empty(leaf.shape, dtype)
-            read_leaf(reader, source, path_name(keys), before)
-            if before.tobytes() != np.asarray(leaf).astype(dtype).tobytes():
-                return
-    raise UserError(
-        f"every trained parameter equals the base {base}: nothing was trained, or rounding lost it"
-    )
+
+        def differs(path: str) -> bool:
+            before = np.empty(state[path].shape, dtype)
+            read_leaf(reader, source, path, before)
+            return before.tobytes() != np.asarray(state[path]).astype(dtype).tobytes()
+
+        for part in train_full:
+            paths = [path for path in state if path.startswith(PARTS[part]) and ".lora_" not in path]
+            if not any(differs(path) for path in paths):
+                unchanged.append(part)
+    if unchanged:
+        raise UserError(
+            f"{', '.join(unchanged)}: trained in full, but every parameter equals the base {base}: "
+            "nothing was trained, or rounding lost it; train it, or export with --dtype float32"
+        )
 
 
 def _read_back(
