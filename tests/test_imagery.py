@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmrstraj_jax.construction import fetch, imagery
+from mmrstraj_jax.construction import download, fetch, imagery, providers
 from mmrstraj_jax.construction.tiles import Window
 from mmrstraj_jax.errors import UserError
 
@@ -65,7 +65,7 @@ def stub():
 
 def downloader(cache, **options):
     options = {"interval": 0.0, "sleep": lambda _: None, "allow_loopback": True} | options
-    return imagery.Downloader(cache, **options)
+    return download.Downloader(cache, **options)
 
 
 def get(url, **options):
@@ -194,7 +194,7 @@ def test_xyz_caches_retries_and_stitches(stub, tmp_path):
         return status, {"Content-Type": "image/png"}, body
 
     stub.answer = answer
-    provider = imagery.XYZ(stub.url + "/{z}/{x}/{y}.png", SOURCE, downloader(tmp_path, sleep=pauses.append))
+    provider = providers.XYZ(stub.url + "/{z}/{x}/{y}.png", SOURCE, downloader(tmp_path, sleep=pauses.append))
     window = Window(18, 44964 * 256 + 100, 104674 * 256 + 100, 512, 512)
     image = provider.image(window)
     assert len(stub.paths) == 9 + 2 and 0.5 <= pauses[0] <= 1.5 and 1 <= pauses[1] <= 3
@@ -220,7 +220,7 @@ def test_xyz_caches_retries_and_stitches(stub, tmp_path):
 )
 def test_what_is_no_tile_is_refused_and_not_cached(stub, tmp_path, headers, body, message):
     stub.answer = lambda path: (200, headers, body)
-    provider = imagery.XYZ(stub.url + "/{z}/{x}/{-y}", SOURCE, downloader(tmp_path))
+    provider = providers.XYZ(stub.url + "/{z}/{x}/{-y}", SOURCE, downloader(tmp_path))
     with pytest.raises(UserError, match=message):
         provider.image(Window(3, 0, 0, 256, 256))
     assert stub.paths == ["/3/0/7"] and not list(tmp_path.iterdir())
@@ -228,12 +228,12 @@ def test_what_is_no_tile_is_refused_and_not_cached(stub, tmp_path, headers, body
 
 def test_retries_are_bounded_and_404_is_final(stub, tmp_path):
     stub.answer = lambda path: (500, {}, b"")
-    provider = imagery.XYZ(stub.url + "/{z}/{x}/{y}", SOURCE, downloader(tmp_path, tries=3))
+    provider = providers.XYZ(stub.url + "/{z}/{x}/{y}", SOURCE, downloader(tmp_path, tries=3))
     with pytest.raises(fetch.FetchError, match="500"):
         provider.image(Window(3, 0, 0, 256, 256))
     assert len(stub.paths) == 3
     stub.answer = lambda path: (404, {}, b"")
-    with pytest.raises(fetch.FetchError, match="404"):
+    with pytest.raises(imagery.NoImagery, match="404"):
         provider.image(Window(3, 0, 0, 256, 256))
     assert len(stub.paths) == 4
 
@@ -241,8 +241,8 @@ def test_retries_are_bounded_and_404_is_final(stub, tmp_path):
 def test_google_static_signs_and_is_never_stored(stub, monkeypatch, tmp_path):
     # the worked example of Google's documentation on digital signatures
     url = "https://maps.googleapis.com/maps/api/geocode/json?address=New+York&client=clientID"
-    assert imagery.sign(url, "vNIXE0xscrmjlyV-12Nj_BvUPaw=") == "chaRF2hTJKOScPr-RQCEhZbSzIE="
-    provider = imagery.GoogleStatic(downloader(None), endpoint=stub.url + "/maps/api/staticmap")
+    assert providers.sign(url, "vNIXE0xscrmjlyV-12Nj_BvUPaw=") == "chaRF2hTJKOScPr-RQCEhZbSzIE="
+    provider = providers.GoogleStatic(downloader(None), endpoint=stub.url + "/maps/api/staticmap")
     window = Window(19, 45000 * 512, 104674 * 512)
     monkeypatch.delenv("GOOGLE_MAPS_API_KEY", raising=False)
     with pytest.raises(UserError, match="GOOGLE_MAPS_API_KEY: not set"):
@@ -258,13 +258,13 @@ def test_google_static_signs_and_is_never_stored(stub, monkeypatch, tmp_path):
     with pytest.raises(UserError, match="at most 640"):
         provider.image(Window(19, 0, 0, 700, 512))
     with pytest.raises(UserError, match="forbid a cache"):
-        imagery.GoogleStatic(downloader(tmp_path))
+        providers.GoogleStatic(downloader(tmp_path))
 
 
 def test_keys_appear_in_no_error_file_or_record(stub, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("TILE_KEY", KEY)
     template = stub.url + "/{key}/{z}/{x}/{y}.png?token={key}"
-    provider = imagery.XYZ(template, SOURCE, downloader(tmp_path / "cache", tries=2), "TILE_KEY")
+    provider = providers.XYZ(template, SOURCE, downloader(tmp_path / "cache", tries=2), "TILE_KEY")
     window = Window(3, 0, 0, 256, 256)
     imagery.save(tmp_path / "a.png", provider.image(window), window, provider.source)
     assert KEY in stub.paths[0]
@@ -285,7 +285,7 @@ def test_keys_appear_in_no_error_file_or_record(stub, tmp_path, monkeypatch, cap
         assert KEY not in str(path) and (path.is_dir() or KEY.encode() not in path.read_bytes())
     assert KEY not in "".join(capfd.readouterr())
     with pytest.raises(UserError, match="go together"):
-        imagery.XYZ(template, SOURCE, downloader(None))
+        providers.XYZ(template, SOURCE, downloader(None))
 
 
 def test_local_folder_and_the_record_beside_an_image(tmp_path):
@@ -293,7 +293,7 @@ def test_local_folder_and_the_record_beside_an_image(tmp_path):
         path = tmp_path / "tiles" / "3" / str(x) / "2.png"
         path.parent.mkdir(parents=True)
         path.write_bytes(png(color=(x, 0, 0)))
-    provider = imagery.TileFolder(tmp_path / "tiles", SOURCE)
+    provider = providers.TileFolder(tmp_path / "tiles", SOURCE)
     window = Window(3, 4 * 256 + 128, 2 * 256, 256, 256)
     image = provider.image(window)
     assert image[0, [0, 127, 128, 255], 0].tolist() == [4, 4, 5, 5]
@@ -307,10 +307,10 @@ def test_local_folder_and_the_record_beside_an_image(tmp_path):
     imagery.save(tmp_path / "out" / "a.png", image, window, SOURCE, trip="t1", anchor="medoid")
     assert (tmp_path / "out" / "a.json").read_bytes() == text
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.json", "a.png"]
-    with pytest.raises(UserError, match="needs this tile"):
+    with pytest.raises(imagery.NoImagery, match="needs this tile"):
         provider.image(Window(3, 0, 0, 256, 256))
     with pytest.raises(UserError, match="tile pattern"):
-        imagery.TileFolder(tmp_path, SOURCE, "{z}/{x}.png")
+        providers.TileFolder(tmp_path, SOURCE, "{z}/{x}.png")
 
 
 def test_a_decompression_bomb_is_refused_by_its_header():
@@ -322,7 +322,7 @@ def test_a_decompression_bomb_is_refused_by_its_header():
 
 def test_the_rate_limit_spaces_the_starts():
     waits = []
-    limiter = imagery.RateLimiter(10.0, waits.append)
+    limiter = download.RateLimiter(10.0, waits.append)
     for _ in range(3):
         limiter.wait()
     assert len(waits) == 2 and 9.9 < waits[0] <= 10 and 19.9 < waits[1] <= 20

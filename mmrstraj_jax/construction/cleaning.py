@@ -31,7 +31,7 @@ class Cleaning:
     min_points: int = 10
     min_length: float = 500.0
     min_duration: float = 60.0
-    box: tuple[float, float, float, float] | None = None  # west, south, east, north: the city
+    box: tuple[float, ...] = ()  # west, south, east, north of the city; empty: everywhere
 
 
 def clean(trip: Trajectory, limits: Cleaning, report: Report) -> list[Trajectory]:
@@ -74,7 +74,7 @@ def _valid(trip: Trajectory, limits: Cleaning, report: Report, where: str) -> Tr
     good = np.isfinite(trip.time) & (np.abs(trip.lat) <= 90) & (np.abs(trip.lon) <= 180)
     good &= (trip.lat != 0) | (trip.lon != 0)  # the null island of receivers without a fix
     trip = _keep(trip, good, "invalid position", report, where)
-    if limits.box is not None:
+    if limits.box:
         west, south, east, north = limits.box
         wide = (east - west) % 360
         inside = (trip.lat >= south) & (trip.lat <= north) & ((trip.lon - west) % 360 <= wide)

@@ -22,10 +22,13 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 class FetchError(UserError):
     """A download that failed; names the host only, because paths and queries hold keys."""
 
-    def __init__(self, message: str, retryable: bool = False, retry_after: float | None = None):
+    def __init__(
+        self, message: str, retryable: bool = False, retry_after: float | None = None, status: int = 0
+    ):
         super().__init__(message)
         self.retryable = retryable
         self.retry_after = retry_after  # seconds, as the server asked
+        self.status = status  # of HTTP; 0 where the server did not answer so far
 
 
 @dataclass(frozen=True)
@@ -186,9 +189,8 @@ def _answer(response: http.client.HTTPResponse, url: str, host: str, limits: Lim
     if response.status != 200:
         after = response.getheader("Retry-After") or ""
         retryable = response.status in (408, 425, 429) or response.status >= 500
-        raise FetchError(
-            f"{host}: HTTP status {response.status}", retryable, float(after) if after.isdecimal() else None
-        )
+        wait = float(after) if after.isdecimal() else None
+        raise FetchError(f"{host}: HTTP status {response.status}", retryable, wait, response.status)
     if (response.getheader("Content-Encoding") or "identity").lower() != "identity":
         raise FetchError(f"{host}: a compressed body, though none was asked for")
     declared = response.getheader("Content-Length") or ""

@@ -1,95 +1,27 @@
-"""Calls to any OpenAI-compatible server that are paid once: every reply is kept in an append-only log.
+"""Conversations with any OpenAI-compatible server that are paid once: every reply is kept in a log.
 
 A request is known by the SHA-256 of everything that shapes its answer, so a run that was killed replays its
-log and asks only for the rest. A call that was under way at the kill carries the same Idempotency-Key when it
-is sent again; a server that ignores this header may bill it twice, and nothing on this side could prevent it.
+log and asks only for the rest. A call that was under way at the kill was noted before it was sent, and goes
+out again with the same Idempotency-Key. A server that honours this header bills it once. One that ignores it
+may bill it twice, at most `concurrency` calls a kill; the log counts those at their worst case, so that a
+cost cap holds all the same.
 """
 
 import asyncio
-import base64
 import dataclasses
-import hashlib
-import json
-import math
 import os
 import random
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from mmrstraj_jax import jsonl
+from mmrstraj_jax.construction.request import Request
 from mmrstraj_jax.errors import UserError
 
-_REPAIR = (
-    "Your last reply was not usable: {problem} Reply again with one JSON object in the form that was asked "
-    "for, and nothing else."
-)
 _RETRYABLE = (408, 409, 425, 429)  # and 5xx
-
-
-@dataclass(frozen=True)
-class Text:
-    """A text field of an answer."""
-
-    max_chars: int = 4000
-    min_chars: int = 1
-    choices: tuple[str, ...] = ()
-
-    def problem(self, value: Any) -> str:
-        """What is wrong with the value, or ""."""
-        if not isinstance(value, str):
-            return f"a {type(value).__name__}, expected a string"
-        if self.choices and value not in self.choices:
-            return f"not one of {', '.join(self.choices)}"
-        if not self.min_chars <= len(value.strip()) <= self.max_chars:
-            return f"{len(value.strip())} characters, expected {self.min_chars} to {self.max_chars}"
-        return ""
-
-
-@dataclass(frozen=True)
-class Request:
-    """One question to a model.
-
-    Names, captions and other foreign text go into the prompt as JSON data, called data there; the schema then
-    bounds what an instruction hidden in them could do.
-    """
-
-    version: str  # of the prompt's wording
-    system: str
-    prompt: str  # rendered
-    schema: Mapping[str, Text] = field(default_factory=lambda: {"answer": Text()})
-    image: bytes | None = None  # PNG or JPEG
-    max_tokens: int = 512
-    temperature: float = 0.7
-    top_p: float = 1.0
-    seed: int = 0
-    repair: tuple[str, str] | None = None  # the unusable reply and what was wrong with it
-
-    def key(self, model: str) -> str:
-        """SHA-256 of model, prompt version, rendered prompt, image and sampling."""
-        image = None if self.image is None else hashlib.sha256(self.image).hexdigest()
-        sampling = [self.max_tokens, self.temperature, self.top_p, self.seed]
-        parts = [model, self.version, self.system, self.prompt, image, sampling, self.repair]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-    def messages(self) -> list[dict[str, Any]]:
-        """In the form of the chat completions interface; images as base64."""
-        content: Any = self.prompt
-        if self.image is not None:
-            kind = "png" if self.image.startswith(b"\x89PNG") else "jpeg"
-            url = f"data:image/{kind};base64,{base64.b64encode(self.image).decode()}"
-            content = [
-                {"type": "image_url", "image_url": {"url": url}},
-                {"type": "text", "text": self.prompt},
-            ]
-        messages = [{"role": "system", "content": self.system}, {"role": "user", "content": content}]
-        if self.repair is not None:
-            reply, problem = self.repair
-            messages.append({"role": "assistant", "content": reply})
-            messages.append({"role": "user", "content": _REPAIR.replace("{problem}", problem)})
-        return messages
+_REPLY_CHARS = 2000  # of an unusable reply that go into its repair: megabytes would be paid again
 
 
 @dataclass(frozen=True)
@@ -104,61 +36,71 @@ class Prices:
         """Dollars."""
         return (prompt_tokens * self.prompt + completion_tokens * self.completion) / 1e6
 
+    def worst(self, request: Request) -> float:
+        """Dollars that one call can cost at most."""
+        return self.cost(request.tokens(self.image_tokens)[1], request.max_tokens)
+
 
 class Outcome(NamedTuple):
-    """What came of a request: `values` or, with None, why not."""
+    """What came of a request: `values` or, with None, why not (unusable twice, or rejected)."""
 
     key: str
     values: dict[str, str] | None
     problem: str = ""
-    quarantined: bool = False  # unusable twice, or rejected: not asked again. Otherwise the next run asks
 
 
-class Plan(NamedTuple):
-    """What a run would do: the estimate behind --plan. `most` is what a cost cap has to allow for."""
-
-    calls: int
-    logged: int
-    prompt_tokens: int
-    completion_tokens: int
-    cost: float
-    most: float
+# Yields requests, is sent their outcomes, returns its result
+Conversation = Generator[Request, Outcome, Any]
 
 
-def parse(reply: str, schema: Mapping[str, Text]) -> tuple[dict[str, str] | None, str]:
-    """(values, "") of a reply that is one JSON object with exactly the schema's fields, else (None, why).
-
-    A code fence around it and a reasoning model's <think> block before it are tolerated, nothing else.
-    """
-    text = re.sub(r"\A\s*<think>.*?</think>", "", reply, flags=re.DOTALL).strip()
-    fenced = re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", text, flags=re.DOTALL)
-    try:
-        value = json.loads(fenced[1] if fenced else text)
-    except (ValueError, RecursionError):
-        return None, "it was not one JSON object."
-    if not isinstance(value, dict) or set(value) != set(schema):
-        return None, f"it must be a JSON object with exactly the fields {', '.join(schema)}."
-    problems = [f"{name}: {found}." for name, rule in schema.items() if (found := rule.problem(value[name]))]
-    return (None, " ".join(problems)) if problems else ({name: value[name].strip() for name in schema}, "")
+def once(request: Request) -> Conversation:
+    """A conversation of one request; its result is the outcome."""
+    return (yield request)
 
 
-def _size(request: Request, prices: Prices) -> tuple[int, int]:
-    """(typical, most) prompt tokens. Byte-level tokenisers never make more tokens than bytes."""
-    texts = [request.system, request.prompt, *(request.repair or ())]
-    count = sum(len(text.encode()) for text in texts)
-    image = prices.image_tokens if request.image is not None else 0
-    return math.ceil(count / 4) + 16 + image, count + 256 + image
+class Log:
+    """Rows of a log file: `sent` before a call, then its reply, or `lost`, `refused` or `rejected`."""
 
+    def __init__(self, path: Path):
+        """Reads it, if there is one. Raises UserError: a damaged log."""
+        self.replies: dict[str, dict[str, Any]] = {}
+        self.spent = 0.0  # dollars, with the worst case of calls that may have been billed without an answer
+        self._open: dict[str, float] = {}
+        for row in jsonl.read(path) if path.exists() else ():
+            key, cost = row.get("key"), row.get("cost")
+            if not isinstance(key, str) or isinstance(cost, bool) or not isinstance(cost, int | float):
+                raise UserError(f"{path}: a row without key or cost; expected a log of language-model calls")
+            self.count(row)
+        # calls that were under way when their process died
+        self.spent += sum(self._open.values())
+        self._open.clear()
 
-def plan(requests: Sequence[Request], model: str, log: Path, prices: Prices) -> Plan:
-    """Calls, tokens and dollars that a run over these requests would still take; sends nothing."""
-    known = {row.get("key") for row in jsonl.read(log)} if log.exists() else set()
-    fresh = {request.key(model): request for request in requests}
-    todo = [request for key, request in fresh.items() if key not in known]
-    typical = sum(_size(request, prices)[0] for request in todo)
-    answers = sum(request.max_tokens // 2 for request in todo)
-    most = sum(prices.cost(_size(r, prices)[1], r.max_tokens) for r in todo)
-    return Plan(len(todo), len(fresh) - len(todo), typical, answers, prices.cost(typical, answers), most)
+    def count(self, row: dict[str, Any]) -> None:
+        """Takes in a row."""
+        key = row["key"]
+        if "sent" in row:
+            self.spent += self._open.pop(key, 0.0)
+            self._open[key] = row["cost"]
+            return
+        self._open.pop(key, None)
+        self.spent += row["cost"]
+        if "reply" in row or "rejected" in row:
+            self.replies[key] = row
+
+    def settled(self, model: str, request: Request) -> tuple[Outcome | None, Request]:
+        """(the outcome, _) as far as the log knows it, else (None, what has to be asked next)."""
+        key, call = request.key(model), request
+        for attempt in ("first", "repaired"):
+            row = self.replies.get(call.key(model))
+            if row is None:
+                return None, call
+            if "rejected" in row:
+                return Outcome(key, None, row["rejected"]), call
+            values, why = request.read(row["reply"], row["finish"])
+            if values is not None or attempt == "repaired":
+                return Outcome(key, values, why), call
+            call = dataclasses.replace(request, repair=(row["reply"][:_REPLY_CHARS], why))
+        raise AssertionError("unreachable")
 
 
 class Client:
@@ -191,57 +133,68 @@ class Client:
         self.prices, self.max_cost = prices, max_cost
         self._secret = os.environ.get(key_variable, "").strip()
         self._jitter = random.Random()
-        self._replies: dict[str, dict[str, Any]] = {}
-        self.spent = (
-            0.0  # by the log, with the worst case of calls that may have been billed without an answer
-        )
+        self._reset()
+
+    def _reset(self) -> None:
+        self._known: Log | None = None
+        self._under_way: dict[str, asyncio.Future] = {}
         self._reserved = 0.0
         self._stopped = ""
+        self._failed: list[str] = []  # why, of the calls that failed since the last success
+        self._unanswered = ""
+
+    @property
+    def spent(self) -> float:
+        """Dollars, by the log."""
+        return self._known.spent if self._known else 0.0
 
     def run(
-        self, requests: Sequence[Request], progress: Callable[[int, float], None] | None = None
-    ) -> list[Outcome]:
-        """Outcomes in the order of the requests; equal requests are asked once.
+        self,
+        conversations: Sequence[Callable[[], Conversation]],
+        progress: Callable[[int, float], None] | None = None,
+    ) -> list[Any]:
+        """The results of the conversations, in order; equal requests are asked once.
 
         Args:
-          progress: called with (outcomes so far, dollars spent).
+          conversations: functions that start one. They are started as others end, so that memory does not
+            grow with their number.
+          progress: called with (conversations done, dollars spent).
         Raises:
           UserError: another process writes the log, a damaged log, a refused key (401, 403), an unknown model
-            or address (404), or the cost cap. Replies that came before are in the log; run again to go on.
+            or address (404), the cost cap, or calls that failed in all their tries. Replies that came before
+            are in the log; run again to go on.
         """
         with jsonl.writer(self.log) as file:
-            self._replies, self.spent, self._reserved, self._stopped = {}, 0.0, 0.0, ""
-            for row in jsonl.read(self.log):
-                self._count(row)
-            outcomes = asyncio.run(self._run(requests, file, progress))
-        if self._stopped:
-            raise UserError(self._stopped)
-        return outcomes
+            self._reset()
+            self._known = Log(self.log)
+            results = asyncio.run(self._run(conversations, file, progress))
+        if self._stopped or self._unanswered:
+            raise UserError(self._stopped or self._unanswered)
+        return results
 
-    def _count(self, row: dict[str, Any]) -> None:
-        key, cost = row.get("key"), row.get("cost")
-        if not isinstance(key, str) or isinstance(cost, bool) or not isinstance(cost, int | float):
-            raise UserError(f"{self.log}: a row without key or cost; expected a log of language-model calls")
-        self.spent += cost
-        if "lost" not in row:
-            self._replies[key] = row
-
-    async def _run(self, requests: Sequence[Request], file: IO[bytes], progress) -> list[Outcome]:
+    async def _run(self, conversations, file: IO[bytes], progress) -> list[Any]:
         import openai
 
-        unique = {request.key(self.model): request for request in requests}
-        done: dict[str, Outcome] = {}
-        waiting = iter(unique.items())
+        results: list[Any] = [None] * len(conversations)
+        waiting = iter(enumerate(conversations))
+        done = missing = 0
 
         async def work(client) -> None:
-            # workers share one iterator: memory does not grow with the number of requests
-            for key, request in waiting:
-                outcome = await self._settle(client, key, request, file)
-                if outcome is None:
-                    return
-                done[key] = outcome
+            nonlocal done, missing
+            for number, start in waiting:
+                try:
+                    results[number] = await self._converse(client, start(), file)
+                    done += 1
+                except _Unanswered as failure:
+                    missing += 1
+                    if self._stopped:
+                        return
+                    self._unanswered = (
+                        f"{missing} of {len(conversations)} conversations have no answer ({failure}); "
+                        f"what came is in {self.log}: run again to ask for the rest"
+                    )
                 if progress is not None:
-                    progress(len(done), self.spent)
+                    progress(done, self.spent)
 
         # our own retries, which know the cost cap and log what may have been billed
         async with openai.AsyncOpenAI(
@@ -249,80 +202,93 @@ class Client:
         ) as client:
             try:
                 async with asyncio.TaskGroup() as group:
-                    for _ in range(max(1, min(self.concurrency, len(unique)))):
+                    for _ in range(max(1, min(self.concurrency, len(conversations)))):
                         group.create_task(work(client))
             except ExceptionGroup as failures:
                 # a full disk or a failing progress bar, not a failed call: its own kind of error
                 raise failures.exceptions[0] from None
-        if self._stopped:
-            return []
-        return [done[request.key(self.model)] for request in requests]
+        return results
 
-    async def _settle(self, client, key: str, request: Request, file: IO[bytes]) -> Outcome | None:
-        """The outcome, after at most one repair; None where the run has to stop."""
-        problem = ""
-        for repair in (False, True):
-            call = dataclasses.replace(request, repair=problem) if repair else request
-            row = await self._reply(client, call.key(self.model), call, file)
-            if row is None:
-                return None
-            if "failed" in row:
-                return Outcome(key, None, row["failed"])
-            if "rejected" in row:
-                return Outcome(key, None, row["rejected"], quarantined=True)
-            values, why = parse(row["reply"], request.schema)
-            if row["finish"] == "length":
-                values, why = None, f"it was cut off after {request.max_tokens} tokens; be shorter."
-            if values is not None:
-                return Outcome(key, values)
-            # a reply of megabytes would be paid again as a prompt
-            problem = (row["reply"][:2000], why)
-        return Outcome(key, None, why, quarantined=True)
+    async def _converse(self, client, conversation: Conversation, file: IO[bytes]) -> Any:
+        try:
+            request = next(conversation)
+            while True:
+                request = conversation.send(await self._settle(client, request, file))
+        except StopIteration as end:
+            return end.value
 
-    async def _reply(self, client, key: str, call: Request, file: IO[bytes]) -> dict[str, Any] | None:
-        """The log's row of a call, or a new one; {"failed"} if no try succeeded; None to stop."""
-        if key in self._replies:
-            return self._replies[key]
-        worst = self.prices.cost(_size(call, self.prices)[1], call.max_tokens)
-        why = ""
+    async def _settle(self, client, request: Request, file: IO[bytes]) -> Outcome:
+        """The outcome, after at most one repair. Raises _Unanswered."""
+        while True:
+            outcome, call = self._known.settled(self.model, request)
+            if outcome is not None:
+                return outcome
+            key = call.key(self.model)
+            if key in self._under_way:
+                # two captions of one wording make one request
+                await asyncio.wait([self._under_way[key]])
+                if key not in self._known.replies:
+                    raise _Unanswered("the same call failed elsewhere")
+                continue
+            self._under_way[key] = asyncio.get_running_loop().create_future()
+            try:
+                await self._reply(client, key, call, file)
+            finally:
+                self._under_way.pop(key).set_result(None)
+
+    async def _reply(self, client, key: str, call: Request, file: IO[bytes]) -> None:
+        """Brings a reply into the log. Raises _Unanswered: no try succeeded, or the run has to stop."""
+        worst, why = self.prices.worst(call), ""
         for attempt in range(1, self.tries + 1):
-            while not self._stopped and self.max_cost is not None and self._over(worst):
-                if self.spent + worst <= self.max_cost:
-                    # calls under way may turn out cheaper than their worst case
-                    await asyncio.sleep(0.02)
-                    continue
-                self._stopped = (
-                    f"--max-cost {self.max_cost:g}: {self.spent:.4g} are spent, the next call may cost up to "
-                    f"{worst:.4g}; every reply so far is in {self.log}; raise --max-cost to go on"
-                )
+            await self._wait_for_budget(worst)
             if self._stopped:
-                return None
+                raise _Unanswered(self._stopped)
+            self._write(file, {"key": key, "sent": True, "cost": worst})
             self._reserved += worst
             try:
                 row, why, pause = await self._send(client, key, call, worst)
             finally:
                 self._reserved -= worst
-            if row is not None:
-                jsonl.append(file, row)
-                self._count(row)
-                if "lost" not in row:
-                    return row
+            self._write(file, row)
+            if key in self._known.replies:
+                self._failed.clear()
+                return
             if self._stopped:
-                return None
+                raise _Unanswered(self._stopped)
             if attempt < self.tries:
                 wait = self.backoff * 2 ** (attempt - 1) * self._jitter.uniform(0.5, 1.5)
                 await asyncio.sleep(min(max(wait, pause), 60.0))
-        return {"failed": f"no usable reply from the server in {self.tries} tries: {why}"}
+        self._failed.append(why)
+        if len(self._failed) >= max(4, self.concurrency):
+            self._stopped = (
+                f"{self.base_url}: {len(self._failed)} calls in a row failed {self.tries} times ({why}); see "
+                f"to the server and run again: every reply so far is in {self.log}"
+            )
+        raise _Unanswered(f"{why}, {self.tries} times")
 
-    def _over(self, worst: float) -> bool:
-        return self.spent + self._reserved + worst > self.max_cost
+    def _write(self, file: IO[bytes], row: dict[str, Any]) -> None:
+        jsonl.append(file, row)
+        self._known.count(row)
+
+    async def _wait_for_budget(self, worst: float) -> None:
+        while not self._stopped and self.max_cost is not None:
+            if self.spent + self._reserved + worst <= self.max_cost:
+                return
+            if self._reserved and self.spent + worst <= self.max_cost:
+                # calls under way may turn out cheaper than their worst case
+                await asyncio.sleep(0.02)
+                continue
+            self._stopped = (
+                f"--max-cost {self.max_cost:g}: {self.spent:.4g} are spent, the next call may cost up to "
+                f"{worst:.4g}; every reply so far is in {self.log}; raise --max-cost to go on"
+            )
 
     async def _send(self, client, key: str, call: Request, worst: float):
-        """(row for the log or None, why it failed, seconds the server asked to wait)."""
+        """(row for the log, why it failed, seconds the server asked to wait)."""
         import openai
 
         sampling = {"temperature": call.temperature, "top_p": call.top_p, "seed": call.seed}
-        lost = {"key": key, "lost": True, "cost": worst}
+        why = ""
         try:
             completion = await client.chat.completions.create(
                 model=self.model,
@@ -339,28 +305,98 @@ class Client:
             tokens = [getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
             known = all(type(count) is int and count >= 0 for count in tokens)
             cost = self.prices.cost(*tokens) if known else worst
+            return {"key": key, "reply": reply, "finish": finish, "cost": cost, "tokens": tokens}, "", 0.0
         except openai.APIStatusError as error:
             return self._refused(error, key)
         except openai.APITimeoutError:
-            # it may have been answered and billed all the same
-            return (lost if worst else None), "no answer in time", 0.0
+            why = "no answer in time"
         except openai.APIConnectionError:
-            return (lost if worst else None), "the connection failed or broke off", 0.0
+            why = "the connection failed or broke off"
+        except UserError:
+            raise
         except (openai.APIError, AttributeError, IndexError, TypeError, ValueError):
-            # a 200 whose body is no chat completion
-            return (lost if worst else None), "a reply that is no chat completion", 0.0
-        return {"key": key, "reply": reply, "finish": finish, "cost": cost, "tokens": tokens}, "", 0.0
+            why = "a reply that is no chat completion"
+        # it may have been answered and billed all the same
+        return {"key": key, "lost": why, "cost": worst}, why, 0.0
 
     def _refused(self, error, key: str):
         """An HTTP error: to be tried again, the request's own fault, or the end of the run."""
         status = error.status_code
         if status in _RETRYABLE or status >= 500:
             after = error.response.headers.get("retry-after") or ""
-            return None, f"HTTP status {status}", float(after) if after.isdecimal() else 0.0
+            row = {"key": key, "refused": status, "cost": 0.0}
+            return row, f"HTTP status {status}", float(after) if after.isdecimal() else 0.0
         # some servers repeat the key in their message
         message = " ".join(str(error.message).split())[:300]
         message = message.replace(self._secret, "***") if self._secret else message
         if status in (400, 413, 422):
             return {"key": key, "rejected": f"HTTP status {status}: {message}", "cost": 0.0}, "", 0.0
         self._stopped = f"{self.base_url}: HTTP status {status}: {message}; check the address, model and key"
-        return None, "", 0.0
+        return {"key": key, "refused": status, "cost": 0.0}, "", 0.0
+
+
+class _Unanswered(Exception):
+    """A conversation cannot go on in this run."""
+
+
+# ---- estimates ----
+
+
+class Plan(NamedTuple):
+    """What a run would do. `most` is what a cost cap has to allow for, repairs aside."""
+
+    calls: int
+    logged: int
+    prompt_tokens: int
+    completion_tokens: int
+    cost: float
+    most: float
+
+    def __str__(self) -> str:
+        text = f"{self.calls} calls ({self.logged} more are in the log), about {self.prompt_tokens:,} prompt "
+        text += (
+            f"and {self.completion_tokens:,} answer tokens, about ${self.cost:.2f}, at most ${self.most:.2f}"
+        )
+        return text + ("" if self.most else " (name --prompt-price and --completion-price for dollars)")
+
+
+def plan(conversations: Sequence[Callable[[], Conversation]], model: str, log: Path, prices: Prices) -> Plan:
+    """Calls, tokens and dollars that a run would still take; sends nothing.
+
+    What is in the log is replayed. Answers that are not there yet are taken for half of what they may be,
+    and for all of it in `most`.
+    """
+    known = Log(log)
+    typical, _ = _walk(conversations, model, known, 0.5)
+    largest, logged = _walk(conversations, model, known, 1.0)
+    tokens = sum(call.tokens(prices.image_tokens)[0] for call in typical)
+    answers = sum(call.max_tokens // 2 for call in typical)
+    most = sum(prices.worst(call) for call in largest)
+    return Plan(len(typical), logged, tokens, answers, prices.cost(tokens, answers), most)
+
+
+def _walk(conversations, model: str, known: Log, fill: float) -> tuple[list[Request], int]:
+    """The calls to be made, each once, with stand-ins for answers; and how many are in the log already."""
+    calls: dict[str, Request] = {}
+    logged: set[str] = set()
+    for start in conversations:
+        conversation = start()
+        try:
+            request = next(conversation)
+            while True:
+                outcome, call = known.settled(model, request)
+                if outcome is None:
+                    calls[call.key(model)] = call
+                    # of its own wording: what is asked about it must not count as asked before
+                    name, chars = call.key(model), int(fill * 4 * request.max_tokens)
+                    stand_in = {
+                        field: name.ljust(chars, "x")[: max(1, min(rule.max_chars, chars))]
+                        for field, rule in request.schema.items()
+                    }
+                    outcome = Outcome(name, stand_in)
+                else:
+                    logged.add(outcome.key)
+                request = conversation.send(outcome)
+        except StopIteration:
+            continue
+    return list(calls.values()), len(logged)

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from mmrstraj_jax.construction.llm import Request, Text
+from mmrstraj_jax.construction.request import ImageFile, Request, Text
 from mmrstraj_jax.errors import UserError
 
 VERSION = "1"  # raise it with any change of wording: answers to the old one are not answers to the new
@@ -94,6 +94,8 @@ class Draw(NamedTuple):
 
     first: str
     second: str
+    set: str = ""  # "A" or "B" of Algorithm 2
+    style: str = ""  # the constraint that `first` ends in
 
 
 def _dice(seed: int, id: str, purpose: str) -> random.Random:
@@ -110,11 +112,11 @@ def draw_instruct(seed: int, id: str, ratios: Ratios) -> Draw:
 def draw_traffic(seed: int, id: str, ratios: Ratios) -> Draw:
     """Algorithm 2, lines 4 to 9 and 12 to 14; `second` is one of TASKS."""
     dice = _dice(seed, id, "traffic")
-    first = dice.choice(BASIC if dice.random() < ratios.basic else REASONING)
-    if dice.random() < ratios.style:
-        first = f"{first} {dice.choice(STYLES)}"
-    task = dice.choice(TASKS)
-    return Draw(first, task if dice.random() < ratios.traffic_second else "")
+    basic = dice.random() < ratios.basic
+    first = dice.choice(BASIC if basic else REASONING)
+    style = dice.choice(STYLES) if dice.random() < ratios.style else ""
+    task = dice.choice(TASKS) if dice.random() < ratios.traffic_second else ""
+    return Draw(f"{first} {style}".strip(), task, "A" if basic else "B", style)
 
 
 # ---- requests ----
@@ -130,14 +132,19 @@ def instruct_second(caption: str, kind: str) -> Request:
     )
     schema = {"question": Text(300), "answer": Text(300)}
     data = json.dumps({"caption": caption}, ensure_ascii=False)
-    return Request(f"instruct-second-{VERSION}", system, data, schema, max_tokens=256)
+
+    def grounded(values: dict[str, str]) -> str:
+        lacking = ungrounded(values["answer"], caption)
+        return f"the answer has what the caption lacks: {', '.join(lacking)}." if lacking else ""
+
+    return Request(f"instruct-second-{VERSION}", system, data, schema, max_tokens=256, check=grounded)
 
 
 def _context(values: dict[str, str], context: dict[str, str] | None) -> str:
     return json.dumps(values | ({"context": context} if context else {}), ensure_ascii=False)
 
 
-def traffic_first(question: str, image: bytes, context: dict[str, str] | None = None) -> Request:
+def traffic_first(question: str, image: ImageFile, context: dict[str, str] | None = None) -> Request:
     """Algorithm 2, line 10: the description. `context` holds untrusted names: place, roads, tags."""
     system = (
         "You describe remote sensing images for transport planners. Report what is visible; conclusions are "
@@ -160,7 +167,7 @@ def traffic_question(description: str, task: str) -> Request:
 
 
 def traffic_answer(
-    question: str, description: str, image: bytes, context: dict[str, str] | None = None
+    question: str, description: str, image: ImageFile, context: dict[str, str] | None = None
 ) -> Request:
     """Algorithm 2, line 16: a concise answer from image and first description."""
     system = (
