@@ -238,27 +238,53 @@ def parts(text: str) -> list[dict]:
     return [{"type": "text", "text": text}]
 
 
-def test_exported_processor_counts_our_tokens(folder):
-    """LlavaOnevisionProcessor's arithmetic on the exported settings (its constructor needs torchvision)."""
+@pytest.fixture(scope="module")
+def processor(folder):
+    """The real LlavaOnevisionProcessor on the exported files, without a video processor.
+
+    transformers needs torchvision to build a video processor only, so that AutoProcessor fails without it;
+    nothing that still images pass through does.
+    """
     from transformers import LlavaOnevisionProcessor
     from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
         LlavaOnevisionImageProcessorPil,
     )
 
+    class WithoutVideos(LlavaOnevisionProcessor):
+        def check_argument_for_proper_class(self, name, value):
+            return None if name == "video_processor" else super().check_argument_for_proper_class(name, value)
+
     settings = json.loads((folder / "processor_config.json").read_text())
-    processor = object.__new__(LlavaOnevisionProcessor)
-    processor.image_processor = LlavaOnevisionImageProcessorPil.from_pretrained(folder)
-    processor.num_image_tokens = settings["num_image_tokens"]
-    processor.vision_aspect_ratio = settings["vision_aspect_ratio"]
-    policy = load_model(folder).anyres
-    random = np.random.default_rng(0)
-    for width, height in [(1, 90), (90, 1), (28, 28), *random.integers(1, 300, (17, 2)).tolist()]:
+    names = ("num_image_tokens", "vision_feature_select_strategy", "vision_aspect_ratio")
+    return WithoutVideos(
+        LlavaOnevisionImageProcessorPil.from_pretrained(folder),
+        transformers.AutoTokenizer.from_pretrained(folder),
+        None,
+        chat_template=(folder / "chat_template.jinja").read_text(),
+        **{name: settings[name] for name in names},
+    )
+
+
+def test_exported_processor_gives_our_ids_and_views(folder, processor):
+    """20 conversations, an image of another size each: expanded ids, token count, pixels."""
+    policy, ours, random = load_model(folder).anyres, Tokenizer.load(folder), np.random.default_rng(0)
+    sizes = [(1, 90), (90, 1), (28, 28), *random.integers(1, 300, (17, 2)).tolist()]
+    for (width, height), messages in zip(sizes, conversations(), strict=True):
+        messages = messages[: len(messages) - (messages[-1]["role"] == "assistant")]
+        image = Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        text = processor.apply_chat_template(
+            [{**m, "content": parts(m["content"])} for m in messages], add_generation_prompt=True
+        )
+        has_image = "<image>" in text
+        found = processor(images=[image] if has_image else None, text=text, return_tensors="np")
         plan = anyres.plan(width, height, policy)
-        assert processor._get_number_of_features(height, width, 28, 28) == plan.num_tokens
-    image = Image.fromarray(random.integers(0, 256, (30, 70, 3), dtype=np.uint8))
-    theirs = processor.image_processor(image, return_tensors="np")["pixel_values"][0]
-    ours = images.views(image, anyres.plan(70, 30, policy), 28).transpose(0, 3, 1, 2)
-    np.testing.assert_allclose(theirs, (ours / 255 - 0.5) / 0.5, atol=1e-6)
+        ids = []
+        for number in chat.prompt(messages, ours).tolist():
+            ids += [number] * (plan.num_tokens if number == case.IMAGE_ID else 1)
+        assert found["input_ids"][0].tolist() == ids
+        if has_image:
+            views = images.views(image, plan, 28).transpose(0, 3, 1, 2)
+            np.testing.assert_allclose(found["pixel_values"][0], (views / 255 - 0.5) / 0.5, atol=1e-6)
 
 
 def test_exported_settings_load_and_mean_what_ours_mean(folder):
