@@ -25,6 +25,7 @@ JUNCTIONS = ("crossroads", "T-junction", "roundabout", "dead end", "overpass")
 MEETING = ("crossroads", "T-junction", "roundabout")  # kinds that count as a junction of roads
 ZONES = (
     "residential", "apartments", "commercial", "industrial", "park", "sports field", "farmland", "harbor",
+    "airport",
 )  # fmt: skip
 SIDES = ("left", "right", "top", "bottom")
 PHASES = ("peak hour", "quiet hour")
@@ -88,6 +89,7 @@ def _flow_facts(t: Truth, view: View) -> dict:
         "speeds": {
             cls: round(100 * share)
             for cls, share in hourly.relative_speeds(view.roads, lengths, view.window.hour).items()
+            if cls in ROAD_CLASSES
         },
     }
     share = hourly.share_of_peak(lengths, view.window.hour)

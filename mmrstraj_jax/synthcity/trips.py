@@ -28,6 +28,9 @@ _ARRIVES = {
     "farmland": (1, 1, 1, 1, 0), "harbor": (1, 2, 1, 1, 0), "airport": (2, 4, 4, 3, 1),
 }  # fmt: skip
 _GATEWAYS = {"motorway": 60.0, "arterial": 14.0}  # weight of a road's end at the edge of the city
+_LEAST = (
+    2000  # trips that the load of the roads is counted from; fewer would jam the roads they happen to use
+)
 _LEGS = (1, 1, 1, 2, 2, 3)  # destinations of a trip, equally likely
 _SHORTEST = 400.0  # metres between the ends of a leg
 
@@ -50,27 +53,25 @@ def plan(city: City, num: int, seed: int = 0) -> Trips:
     """`num` trips of a day; the same for the same city and arguments."""
     network = network_of(city)
     draw = np.random.Generator(np.random.PCG64(np.random.SeedSequence((city.seed, 20, seed)))).random
+    drawn = max(num, _LEAST)
     cumulative = np.cumsum(HOUR_LEVEL) / np.sum(HOUR_LEVEL)
-    hour = np.minimum(np.searchsorted(cumulative, draw(num)), 23)
-    depart = np.sort(3600.0 * (hour + draw(num)))
+    hour = np.minimum(np.searchsorted(cumulative, draw(drawn)), 23)
+    depart = np.sort(3600.0 * (hour + draw(drawn)))
     hour = (depart // 3600).astype(int)
-    legs = np.array(_LEGS)[(draw(num) * len(_LEGS)).astype(int)]
-    stops = _stops(city, network, hour, draw, int(legs.max()))
+    legs = np.array(_LEGS)[(draw(drawn) * len(_LEGS)).astype(int)]
+    stops = _stops(city, network, hour, draw)
     routes = _routes(network, hour, stops, legs)
-    weight = DEMAND / num
     steps = np.array([len(r) for r in routes])
-    edges, trip = np.concatenate(routes), np.repeat(np.arange(num), steps)
+    edges, trip = np.concatenate(routes), np.repeat(np.arange(drawn), steps)
     # Loads of the hour of departure: a trip takes minutes
     load = np.zeros((24, len(network.road)))
-    np.add.at(load, (hour[trip], edges), weight)
+    np.add.at(load, (hour[trip], edges), DEMAND / drawn)
     times = np.stack([network.seconds(h, load[h]) for h in range(24)])
-    pace = 0.85 + 0.3 * draw(num)  # of the driver
-    taken = times[hour[trip], edges] * pace[trip]
-    enter = [
-        depart[k] + np.concatenate([[0.0], np.cumsum(part)])
-        for k, part in enumerate(np.split(taken, np.cumsum(steps)[:-1]))
-    ]
-    return Trips(city, network, routes, enter, weight)
+    pace = 0.85 + 0.3 * draw(drawn)  # of the driver
+    taken = np.split(times[hour[trip], edges] * pace[trip], np.cumsum(steps)[:-1])
+    kept = np.arange(num) * drawn // num
+    enter = [depart[k] + np.concatenate([[0.0], np.cumsum(taken[k])]) for k in kept]
+    return Trips(city, network, [routes[k] for k in kept], enter, DEMAND / num)
 
 
 def _routes(network: Network, hour, stops, legs) -> list[Int[np.ndarray, " steps"]]:
@@ -89,11 +90,11 @@ def _routes(network: Network, hour, stops, legs) -> list[Int[np.ndarray, " steps
     return [np.concatenate(parts) for parts in legs_of]
 
 
-def _stops(city: City, network: Network, hour, draw, legs: int) -> Int[np.ndarray, "N legs+1"]:
+def _stops(city: City, network: Network, hour, draw) -> Int[np.ndarray, "N legs+1"]:
     """Vertices where trips start, call and end; neighbours in a row lie _SHORTEST apart where they can."""
     leaves, arrives = _weights(city, network)
     period = np.array(_PERIOD)[hour]
-    stops = np.zeros((len(hour), legs + 1), int)
+    stops = np.zeros((len(hour), max(_LEGS) + 1), int)
 
     def choose(weights, who):
         """A vertex for each of `who`, by the weights [periods, V] of its period."""
@@ -107,7 +108,7 @@ def _stops(city: City, network: Network, hour, draw, legs: int) -> Int[np.ndarra
 
     everyone = np.arange(len(hour))
     stops[:, 0] = choose(leaves, everyone)
-    for leg in range(1, legs + 1):
+    for leg in range(1, stops.shape[1]):
         who = everyone
         for _ in range(20):
             stops[who, leg] = choose(arrives, who)
