@@ -1,11 +1,28 @@
 """The one error type that means "the user can fix this", and how a command reports it."""
 
+import argparse
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class UserError(ValueError):
     """Bad input: the message is one line naming the file, row or key, what was expected and what to do."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """argparse whose complaints are UserErrors, and whose options cannot be abbreviated."""
+
+    def __init__(self, command: str, description: str | None):
+        super().__init__(
+            prog=f"python -m mmrstraj_jax.{command}",
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists the options")
 
 
 def run_command(main: Callable[[list[str]], int | None]) -> None:

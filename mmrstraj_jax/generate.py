@@ -12,27 +12,16 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import NoReturn
 
-from mmrstraj_jax.errors import UserError, run_command
+from mmrstraj_jax.errors import CommandParser, UserError, run_command
 from mmrstraj_jax.inference.options import DecodeOptions
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".gif", ".jp2", ".ppm"}
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists the options")
-
-
 def _arguments(args: list[str]) -> argparse.Namespace:
     """The checked command line. Raises UserError: unknown, missing or contradicting options."""
-    parser = _Parser(
-        prog="python -m mmrstraj_jax.generate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = CommandParser("generate", __doc__)
     add, defaults = parser.add_argument, DecodeOptions()
     add("--run", metavar="DIR", help="run directory of training")
     add("--weights", metavar="DIR", help="weights in our format, or an HF or lmms-lab folder")

@@ -9,7 +9,7 @@ from test_evaluate import PLAIN, _write, picture
 
 from mmrstraj_jax import evaluate
 from mmrstraj_jax.errors import UserError
-from mmrstraj_jax.evaluation import report
+from mmrstraj_jax.evaluation import compare, report
 
 
 def _result(folder, task, answers, image, name="caption", question=None, references=()):
@@ -75,11 +75,11 @@ def test_compare_names_the_difference(results, capsys):
     line = next(row for row in capsys.readouterr().out.splitlines() if row.startswith("all questions"))
     assert "+50.0" in line and re.search(r"\b10\b", line)
     with pytest.raises(UserError, match="not scores of the same items"):
-        report.compare(report.read_result(results[0]), report.read_result(results[2]))
+        compare.compare(compare.read_result(results[0]), compare.read_result(results[2]))
 
 
 def test_a_row_without_a_type_prints_a_dash(results):
-    grid = report.beside_paper([report.read_result(results[0], "Ours")], "rsieval-vqa")
+    grid = report.beside_paper([compare.read_result(results[0], "Ours")], "rsieval-vqa")
     ours = dict(zip(grid.columns, grid.rows[-1], strict=True))
     assert ours["presence"] == "100.00 (n 8)" and ours["quantity"] == "-"
     assert len(grid.rows) == 7

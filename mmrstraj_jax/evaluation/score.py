@@ -37,7 +37,11 @@ def score(
     scores: dict[str, Any] = {"task": task.name, "n": len(items)}
     rows: list[dict[str, Any]] = []
     if texts:
-        scores["captions"], found = _captions(task, texts, predictions, train, meteor)
+        said = predictions
+        if task.structured:
+            scores["semantics"] = traffic.semantics([predictions[item.id] for item in texts])
+            said = {item.id: traffic.spoken(predictions[item.id]) for item in texts}
+        scores["captions"], found = _captions(task, texts, said, train, meteor)
         rows += found
     if questions:
         scores["questions"], found = _questions(task, questions, predictions, judge)
@@ -73,7 +77,7 @@ def _captions(task, items, predictions, train, meteor) -> tuple[dict[str, Any], 
         if task.name == "levir-cc" and "meteor15" in done.metrics:
             parts = [done.metrics[m] for m in ("bleu4", "meteor15", "rouge_l", "cider_d")]
             entry["metrics"]["s_m"] = sum(parts) / 4  # S*m of RSICC, raw like the others
-        if name == "description":
+        if name == "description" or task.structured or task.name == "traffic-semantics":
             pairs = [(predictions[item.id], item.references[0]) for item in group]
             entry["traffic"] = traffic.table(pairs)
         result[name] = entry

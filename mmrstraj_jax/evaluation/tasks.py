@@ -27,6 +27,7 @@ class Task:
     scorer: str  # "meaning": captions and the VQA rules; "rsvqa-lr", "rsvqa-hr": exact match in Lobry's bins
     ask: str = "{question}"  # the prompt; {question} is the item's
     max_new_tokens: int = 256
+    structured: bool = False  # answers are JSON lists of semantic units (evaluation.traffic)
 
     def prompt(self, item: Item) -> str:
         """The text that a model is asked; part of the protocol, recorded with every prediction."""
@@ -138,10 +139,25 @@ def _synthcity_train(data: Path | None, images: Path | None) -> list[Item]:
     return items
 
 
+def _traffic_semantics(data: Path | None, images: Path | None) -> list[Item]:
+    """Descriptions of SynthCity's held-out images, or the captions of RSIEval."""
+    if data is None:
+        return [item for item in _synthcity(None, images) if item.type == "description"]
+    return readers.rsieval_captions(_need(data, "annotations.json of RSIEval or its folder"), images=images)
+
+
 TASKS = {
     task.name: task
     for task in (
         Task("synthcity", "SynthCity, held-out cities", _synthcity, _synthcity_train, "meaning"),
+        Task(
+            "traffic-semantics",
+            "Traffic semantics",
+            _traffic_semantics,
+            None,
+            "meaning",
+            "Describe the traffic here: road structure, bottlenecks, flow density and functional zoning.",
+        ),
         Task(
             "rsieval-caption",
             "RSIEval, captions",

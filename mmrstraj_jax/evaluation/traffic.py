@@ -73,6 +73,24 @@ def units(text: str) -> list[Unit] | None:
     return found
 
 
+def spoken(text: str) -> str:
+    """What the units of a structured answer say; nothing where the answer is not the array asked for."""
+    return " ".join(f"{unit.text.rstrip('.')} ({unit.place})." for unit in units(text) or ())
+
+
+def semantics(answers: Sequence[str]) -> dict[str, Any]:
+    """How structured answers are built: parsed of n, units by kind, and how many name place and evidence."""
+    found = [units(answer) for answer in answers]
+    flat = [unit for part in found if part for unit in part]
+    return {
+        "n": len(found),
+        "parsed": sum(part is not None for part in found),
+        "units": {kind: sum(unit.kind == kind for unit in flat) for kind in dict.fromkeys(THEMES.values())},
+        "with_place": sum(bool(unit.place.strip()) for unit in flat),
+        "with_evidence": sum(bool(unit.evidence.strip()) for unit in flat),
+    }
+
+
 def _group(word: str) -> int:
     return next(n for n, group in enumerate(GROUPS) if tuple(word.split()) in group)
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int, Key
 
@@ -139,7 +139,7 @@ class Decoder:
             mesh: devices of this process; each holds the whole model and takes a share of the rows.
         """
         self.graphdef, params = nnx.split(model)
-        self.mesh, self.params = mesh, parallel.replicate(params, mesh)
+        self.mesh, self.params = mesh, jax.device_put(params, NamedSharding(mesh, P()))
         self.config = model.language_model.config
         self.eos = tuple(sorted(set(eos_token_ids)))
 

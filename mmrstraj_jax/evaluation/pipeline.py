@@ -1,0 +1,101 @@
+"""From items and a model to a folder of scores: what `evaluate` and its studies share.
+
+The folder holds predictions.jsonl, items.jsonl and scores.json (docs/evaluation.md).
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mmrstraj_jax import jsonl
+from mmrstraj_jax.errors import UserError
+from mmrstraj_jax.evaluation import predict, score
+from mmrstraj_jax.evaluation.judge import Judge
+from mmrstraj_jax.evaluation.readers import Item
+from mmrstraj_jax.evaluation.tasks import Task
+from mmrstraj_jax.inference.options import DecodeOptions
+
+
+class Source(NamedTuple):
+    """Who answers: one of run, weights and model (with base_url)."""
+
+    run: str | None = None
+    weights: str | None = None
+    model: str | None = None
+    base_url: str | None = None
+    dtype: str | None = None
+    batch_size: int = 8
+
+
+class Answerer(NamedTuple):
+    """A model made ready for one task."""
+
+    ask: predict.Ask
+    source: dict[str, Any]
+    decode: dict[str, Any]
+
+
+class Scoring(NamedTuple):
+    """How predictions are scored."""
+
+    meteor: str | None = "meteor15"
+    judge: Judge | None = None
+    train: Sequence[Item] = ()  # the caption baselines are taken from it
+
+
+def answerer(source: Source, task: Task, decode: DecodeOptions) -> Answerer:
+    """Loads the model, or addresses the server. Raises UserError: no such model."""
+    who = predict.source_of(source.run, source.weights, source.model, source.base_url)
+    if source.model is not None:
+        ask = predict.remote(source.model, source.base_url, task, decode, workers=source.batch_size)
+    else:
+        from mmrstraj_jax.api import load  # JAX takes seconds: typing errors must not wait for it
+
+        model = load(source.run or source.weights, dtype=source.dtype, batch_size=source.batch_size)
+        who["anyres"] = dataclasses.asdict(model.anyres)
+        ask = predict.local(model, task, decode)
+    return Answerer(ask, who, predict.settings(decode))
+
+
+def evaluate(
+    task: Task, items: Sequence[Item], out: Path, model: Answerer, scoring: Scoring, protocol: dict[str, Any]
+) -> dict[str, Any]:
+    """Answers every item (going on where out/predictions.jsonl ends), scores them; what scores.json holds."""
+    path = out / "predictions.jsonl"
+    predict.run(task, items, path, model.ask, model.decode, model.source)
+    protocol = protocol | {"source": model.source, "decode": model.decode}
+    return score_file(task, items, path, out, scoring, protocol, complete=True)
+
+
+def score_file(
+    task: Task,
+    items: Sequence[Item],
+    path: Path,
+    out: Path,
+    scoring: Scoring,
+    protocol: dict[str, Any],
+    *,
+    complete: bool,
+) -> dict[str, Any]:
+    """Scores predictions.jsonl-like `path` into `out`.
+
+    complete: predictions of other items are an error too. Raises UserError: an item without a prediction.
+    """
+    rows = predict.load(path)
+    if complete:
+        predict.check_complete(items, rows, path)
+    elif missing := [item.id for item in items if item.id not in rows]:
+        raise UserError(f"{path}: no prediction for {missing[0]}")
+    answers = {item.id: rows[item.id]["prediction"] for item in items}
+    scores, per_item = score.score(
+        task, items, answers, train=scoring.train, judge=scoring.judge, meteor=scoring.meteor
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "items.jsonl").write_text("".join(map(jsonl.dump, per_item)), encoding="utf-8")
+    scores = {"protocol": protocol} | scores
+    temporary = out / "scores.json.tmp"
+    temporary.write_text(json.dumps(scores, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(out / "scores.json")
+    return scores
