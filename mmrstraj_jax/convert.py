@@ -144,9 +144,10 @@ def main(argv: list[str]) -> int:
         tokenizer = Path(args.tokenizer) if args.tokenizer else found.tokenizer_dir
         how = {"policy": args.serving_policy, "max_shard_bytes": int(args.max_shard_gb * 1e9)}
         note = f"Base weights: `{found.base}`."
+        base = str(run.embedded_weights()) if found.base == run.EMBEDDED else found.base
         done = export.export_hf(
             found.model, *sizes, args.out, tokenizer_dir=tokenizer, dtype=dtype, unused=found.unused,
-            title=args.title, notes=(note,), base=found.base, train_full=found.train_full, **how
+            title=args.title, notes=(note,), base=base, train_full=found.train_full, **how
         )  # fmt: skip
         lost = f", {done.num_unchanged} of them unchanged by rounding" if done.num_unchanged else ""
         print(
