@@ -179,6 +179,42 @@ class OptimConfig:
             raise UserError(f"optim.warmup_ratio {self.warmup_ratio}: expected a share of the steps, 0 to 1")
 
 
+PIL_LIMIT = 178_956_970  # above twice its MAX_IMAGE_PIXELS Pillow refuses to open a file
+
+
+@dataclass(frozen=True)
+class ImagePolicy:
+    """How image files become RGB; every oddity has a declared answer (docs/data.md)."""
+
+    exif: bool = False  # apply the camera's rotation (HF's loader does, the original does not)
+    max_pixels: int = 89_478_485  # PIL's own decompression-bomb limit, here an error instead of a warning
+    deep: str = "refuse"  # more than 8 bits per band: refuse | stretch (2nd to 98th percentile to 0..255)
+
+    def __post_init__(self):
+        if self.deep not in ("refuse", "stretch"):
+            raise UserError(f"images.deep {self.deep!r}: expected refuse or stretch")
+        if not 1 <= self.max_pixels <= PIL_LIMIT:
+            raise UserError(f"images.max_pixels {self.max_pixels}: expected 1 to {PIL_LIMIT}, Pillow's limit")
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    """How the host prepares batches. None of it changes what a step trains on: it may differ at a resume."""
+
+    workers: int = 0  # processes; 0: `threads` threads of the training process
+    threads: int = 4
+    prefetch: int = 4  # batches that wait ready, of each worker
+    timeout: float = 300.0  # seconds without a batch after which the run ends, naming the row at hand
+    cache_dir: str | None = None  # of the index of the data; None: the user's cache folder
+
+    def __post_init__(self):
+        for key, least in (("workers", 0), ("threads", 0), ("prefetch", 1)):
+            if getattr(self, key) < least:
+                raise UserError(f"loader.{key} {getattr(self, key)}: expected {least} or more")
+        if self.timeout <= 0:
+            raise UserError(f"loader.timeout {self.timeout}: expected seconds, more than 0")
+
+
 @dataclass(frozen=True)
 class Config:
     """One training run."""
@@ -189,6 +225,7 @@ class Config:
     data: str | None = None  # "A.json:0.7,B.json:0.3"; None: the embedded SynthCity sample
     eval_data: str | None = None
     image_root: str | None = None  # default: the folder of each data file
+    on_bad: str = "quarantine"  # a row that cannot be trained on: quarantine (reported, left out) | error
     init_from: str | None = None  # a finished run whose adapters go on
     merge_init: bool = False  # merge those adapters into the base and start new ones
     run_dir: str | None = None  # default runs/<name>
@@ -196,7 +233,8 @@ class Config:
     steps: int = 0  # 0: as many as the epochs give
     batch_size: int = 8  # global, whatever the device count
     micro_batch_size: int = 1  # per device; accumulation fills up to batch_size
-    max_length: int = 4096
+    max_length: int = 4096  # longer rows are bad rows: nothing is ever cut
+    packing: bool = False  # several samples share a row of up to max_length tokens; batch_size counts rows
     seed: int = 0
     dtype: str = "bfloat16"  # frozen weights and compute; adapters and optimizer are float32
     remat: str = "block"  # none | block | dots
@@ -206,6 +244,8 @@ class Config:
     anyres: AnyResConfig = AnyResConfig()
     lora: LoRAConfig = LoRAConfig()
     optim: OptimConfig = OptimConfig()
+    images: ImagePolicy = ImagePolicy()
+    loader: LoaderConfig = LoaderConfig()
     eval_every: int = 0  # steps; 0: at the end only
     eval_samples: int = 256
     save_every: int = 100
@@ -219,6 +259,7 @@ class Config:
         choices = {
             "remat": ("none", "block", "dots"),
             "label_mask": ("original", "clean"),
+            "on_bad": ("quarantine", "error"),
             "loss_normalization": ("token", "microbatch"),
             "dtype": ("bfloat16", "float32"),
             "model": tuple(MODEL_PRESETS),

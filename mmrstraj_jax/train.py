@@ -96,8 +96,8 @@ def train(config: Config, overridden: frozenset[str] = frozenset()) -> Path:
         )
         eval_step = build_eval_step(graphdef, config)
 
-        def write_row(step, metrics, num_rows) -> None:
-            row = meter.row(step, metrics, num_rows)
+        def write_row(step, metrics, num_samples) -> None:
+            row = meter.row(step, metrics, num_samples)
             if step % config.log_every == 0 or step == total or row["skipped"]:
                 monitor.row(row)
             if row["skipped"]:
@@ -124,17 +124,26 @@ def train(config: Config, overridden: frozenset[str] = frozenset()) -> Path:
             base = base | {"eval": score(0)}
             run.write_json(run_dir / "base.json", base)
 
+        # The largest program first, on a copy and on padding: memory that does not suffice shows now
+        if (largest := data.train.schedule.largest(first, total)) is not None:
+            blank = setup.fold(data.train.blank(largest), micro_rows)
+            copy = jax.tree.map(jax.numpy.copy, (trainable, opt_state))
+            blank = parallel.shard_batch(blank, mesh, batch_axis=1)
+            jax.block_until_ready(train_step(*copy, frozen, blank, first))
+            del copy, blank
+            meter.pause()
+
         # Loop: the metrics of a step are read while the next one computes
         stop.arm()
         scores: dict[str, float] = {}
         pending = None
         for step, _, batch in meter.fetch(data.train.iterate(first, total)):
-            num_rows = int((batch["weights"].sum(-1) > 0).sum())
+            num_samples = data.train.schedule.num_samples(step)
             batch = parallel.shard_batch(setup.fold(batch, micro_rows), mesh, batch_axis=1)
             trainable, opt_state, metrics = train_step(trainable, opt_state, frozen, batch, step)
             if pending is not None:
                 write_row(*pending)
-            done, pending = step + 1, (step + 1, metrics, num_rows)
+            done, pending = step + 1, (step + 1, metrics, num_samples)
             eval_due = done == total or (config.eval_every and done % config.eval_every == 0)
             if not (eval_due or stop.requested or done % config.save_every == 0):
                 continue

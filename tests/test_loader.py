@@ -2,17 +2,20 @@
 
 import os
 import pickle
+from dataclasses import replace
 
 import data_case
 import jax
 import numpy as np
 import pytest
 
+from mmrstraj_jax.config import LoaderConfig
 from mmrstraj_jax.data import records
 from mmrstraj_jax.data.collate import Shape, Sizes
 from mmrstraj_jax.data.index import Index, build_index
-from mmrstraj_jax.data.loader import Loader, Schedule
+from mmrstraj_jax.data.loader import Loader
 from mmrstraj_jax.data.records import Source
+from mmrstraj_jax.data.schedule import Schedule
 from mmrstraj_jax.errors import UserError
 
 SIZES = Sizes((1, 2, 3, 5, 7, 10, 37), 32, 1024)
@@ -128,7 +131,7 @@ def test_stream_starts_anywhere_and_does_not_depend_on_workers(tmp_path):
     loader = build(tmp_path, MIXED)
     expected = [loader(step) for step in range(5)]
     for how in ({"threads": 0}, {"threads": 3}, {"workers": 2}):
-        got = list(loader.iterate(2, 5, **how))
+        got = list(replace(loader, how=LoaderConfig(**how)).iterate(2, 5))
         assert [step for step, _, _ in got] == [2, 3, 4]
         assert all(type(bucket) is Shape for _, bucket, _ in got)
         for mine, other in zip(expected[2:], got, strict=True):
@@ -172,9 +175,10 @@ class Deadly(Loader):
 
 def test_a_worker_that_dies_ends_the_stream_with_the_rows_at_hand(tmp_path):
     loader = build(tmp_path, MIXED)
-    deadly = Deadly(loader.index, loader.schedule, loader.tokenizer, loader.policy)
+    how = LoaderConfig(workers=1, prefetch=1)
+    deadly = Deadly(loader.index, loader.schedule, loader.tokenizer, loader.policy, how=how)
     with pytest.raises(RuntimeError, match=r"step \d .*row\d.*exit code 9"):
-        list(deadly.iterate(0, 3, workers=1, prefetch=1))
+        list(deadly.iterate(0, 3))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -184,7 +188,7 @@ def test_a_file_damaged_after_indexing_is_named(tmp_path, workers):
     whole = victim.read_bytes()
     victim.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r"row 3 \(id row3\).*damaged or truncated"):
-        list(loader.iterate(0, 3, workers=workers))
+        list(replace(loader, how=LoaderConfig(workers=workers)).iterate(0, 3))
     data_case.picture(40, 40).save(victim)
     with pytest.raises(UserError, match="changed since the data was indexed"):
         list(loader.iterate(0, 3))

@@ -2,7 +2,6 @@
 
 import codecs
 import json
-import logging
 import os
 
 import data_case
@@ -11,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmrstraj_jax.data import images, index, records
+from mmrstraj_jax.data import images, records
 from mmrstraj_jax.data.collate import Sizes, example
 from mmrstraj_jax.data.index import build_index
 from mmrstraj_jax.errors import UserError
@@ -348,44 +347,6 @@ def test_rows_that_cannot_be_trained_on_are_found_before_training(root):
 def test_index_reads_headers_only(root, monkeypatch):
     monkeypatch.setattr(images, "_decode", lambda *_: pytest.fail("decoded"))
     assert len(build(root, GOOD).rows) == 1
-
-
-def test_cache_of_the_index(root, monkeypatch, caplog):
-    (root / "broken.png").write_bytes(b"x")
-    rows, cache = [GOOD, data_case.chat_row(1, "broken.png")], root / "cache"
-    fresh = build(root, *rows, cache_dir=cache)
-    (file,) = cache.iterdir()
-    with monkeypatch.context() as patch:
-        patch.setattr(index, "_measure", lambda *_: pytest.fail("measured again"))
-        again = build(root, *rows, cache_dir=cache)
-    np.testing.assert_array_equal(again.shapes, fresh.shapes)
-    assert again.problems == fresh.problems and again.fingerprint == fresh.fingerprint
-    # Everything it depends on is in its key.
-    assert build(root, *rows, cache_dir=cache, mask="clean").fingerprint != fresh.fingerprint
-    data_case.picture(300, 300).save(root / "a.png")
-    assert build(root, *rows, cache_dir=cache).shape(0).views > fresh.shape(0).views
-    assert len(list(cache.iterdir())) == 3
-    # A damaged cache, or none that can be written, only costs time.
-    for path in cache.iterdir():
-        path.write_bytes(path.read_bytes()[:100])
-    with caplog.at_level(logging.WARNING):
-        assert len(build(root, *rows, cache_dir=cache).rows) == 1
-        assert "damaged" in caplog.text
-        assert len(build(root, *rows, cache_dir=root / "a.png").rows) == 1
-        assert "cannot be written" in caplog.text
-
-
-def test_cache_with_a_pickle_in_it_runs_nothing(root):
-    class Payload:
-        def __reduce__(self):
-            return os.mkdir, (str(root / "owned"),)
-
-    cache = root / "cache"
-    build(root, GOOD, cache_dir=cache)
-    (file,) = cache.iterdir()
-    np.savez(file, shapes=np.asarray([Payload()], dtype=object), reasons=np.asarray("{}"))
-    assert len(build(root, GOOD, cache_dir=cache).rows) == 1
-    assert not (root / "owned").exists()
 
 
 def test_sources_follow_the_rows_that_stay(root):

@@ -245,7 +245,8 @@ def test_non_finite_updates_are_logged_and_end_the_run(world, tmp_path, monkeypa
 
     def poisoned(batch, rows):
         folded = real(batch, rows)
-        calls.append(0)
+        if folded["weights"].any():  # not the padding that the largest program is tried on
+            calls.append(0)
         return folded | {"weights": folded["weights"] * np.float32(np.nan if len(calls) > 3 else 1)}
 
     monkeypatch.setattr(setup, "fold", poisoned)

@@ -30,6 +30,12 @@ class Shape(NamedTuple):
     canvas: int  # side of the square canvas of resized maps; 0: none
     reduced: bool  # some view is reduced, so the batch carries view_scale
 
+    @classmethod
+    def of(cls, values: Int[np.ndarray, " 5"]) -> "Shape":
+        """From a row of an index."""
+        views, length, supervised, canvas, reduced = values.tolist()
+        return cls(views, length, supervised, canvas, bool(reduced))
+
     def join(self, other: "Shape") -> "Shape":
         """The smallest shape with room for both."""
         return Shape(*map(max, self, other))
@@ -86,6 +92,7 @@ class Example:
     starts: tuple[int, ...]  # where each plan's tokens begin
     labels: Int[np.ndarray, " n"] | None = None  # chat.IGNORE where unsupervised
     answer: Bool[np.ndarray, " n"] | None = None
+    segments: tuple[int, ...] = ()  # tokens of each sample of a pack
 
     @property
     def shape(self) -> Shape:
@@ -165,7 +172,7 @@ def row_views(
 ) -> tuple[UInt8[np.ndarray, "v S S 3"], list[Plan]]:
     """Decoded views of a row and their plans."""
     return views_of(
-        [images.load(path, image_policy) for path in row.image_paths()], policy, video=row.kind == "video"
+        [images.load(file, image_policy) for file in row.image_files()], policy, video=row.kind == "video"
     )
 
 
@@ -196,6 +203,28 @@ def prompt_example(
     return Example(id, ids, pixels, tuple(plans), starts)
 
 
+def join(samples: Sequence[Example]) -> Example:
+    """Several samples as one row, one after the other; none of them sees another (Inputs.segment_ids)."""
+    segments = tuple(len(sample.input_ids) for sample in samples)
+    begins = np.cumsum(segments) - segments
+    labels = np.concatenate([sample.labels for sample in samples])
+    labels[begins] = chat.IGNORE  # predicted from the last token of another sample
+    return Example(
+        id=", ".join(sample.id for sample in samples),
+        input_ids=np.concatenate([sample.input_ids for sample in samples]),
+        views=np.concatenate([sample.views for sample in samples]),
+        plans=tuple(plan for sample in samples for plan in sample.plans),
+        starts=tuple(
+            int(begin) + start
+            for begin, sample in zip(begins, samples, strict=True)
+            for start in sample.starts
+        ),
+        labels=labels,
+        answer=np.concatenate([sample.answer for sample in samples]),
+        segments=segments,
+    )
+
+
 class Batch(TypedDict):
     """One micro-batch for the train step; all NumPy."""
 
@@ -212,8 +241,13 @@ def model_inputs(
     view_size: int,
     pad_id: int,
     sample_index: Sequence[int] | None = None,
+    *,
+    packed: bool = False,
 ) -> Inputs:
-    """Inputs of the model, right padded to the bucket. None makes a padding row of one pad token."""
+    """Inputs of the model, right padded to the bucket. None makes a padding row of one pad token.
+
+    With `packed` they carry segment ids (from 1; 0 is padding) and positions that restart in each segment.
+    """
     rows, canvas = len(examples), (bucket.canvas, bucket.canvas)
     input_ids = np.full((rows, bucket.length), pad_id, np.int32)
     pixels = np.zeros((rows, bucket.views, view_size, view_size, 3), np.uint8)
@@ -222,9 +256,11 @@ def model_inputs(
     view_scale = np.ones((rows, bucket.views), np.float32) if bucket.reduced else None
     canvas_index = np.zeros((rows, *canvas), np.int32) if bucket.canvas else None
     canvas_scale = np.ones((rows, 2), np.float32) if bucket.canvas else None
+    segment_ids, positions = (np.zeros((2, rows, bucket.length), np.int32)) if packed else (None, None)
     for at, item in enumerate(examples):
         if item is None:
             continue
+        assert packed or not item.segments, item.id
         assert item.shape._replace(supervised=0).fits(bucket), (item.id, item.shape, bucket)
         lengths[at] = len(item.input_ids)
         input_ids[at, : lengths[at]] = item.input_ids
@@ -239,8 +275,23 @@ def model_inputs(
                 (height, width), (new_height, new_width) = plan.resize
                 canvas_scale[at] = new_height / height, new_width / width
             offset += plan.num_views
+        if packed:
+            parts = item.segments or (len(item.input_ids),)
+            segment_ids[at, : lengths[at]] = np.repeat(np.arange(1, len(parts) + 1), parts)
+            positions[at, : lengths[at]] = np.concatenate([np.arange(part) for part in parts])
     order = None if sample_index is None else np.asarray(sample_index, np.int32)
-    return Inputs(input_ids, pixels, visual_index, lengths, view_scale, canvas_index, canvas_scale, order)
+    return Inputs(
+        input_ids,
+        pixels,
+        visual_index,
+        lengths,
+        view_scale,
+        canvas_index,
+        canvas_scale,
+        order,
+        segment_ids,
+        positions,
+    )
 
 
 def batch(
@@ -249,8 +300,12 @@ def batch(
     pad_id: int,
     view_size: int,
     sample_index: Sequence[int] | None = None,
+    *,
+    packed: bool = False,
 ) -> Batch:
     """A training micro-batch in the shape of its bucket; None rows weigh nothing.
+
+    With `packed` the rows may come from `join`.
 
     Raises UserError for a row with nothing supervised: a mean over no token would be NaN.
     """
@@ -268,9 +323,8 @@ def batch(
         targets[at, : len(where)] = item.labels[where + 1]
         weights[at, : len(where)] = 1.0
         answer[at, : len(where)] = item.answer[where + 1]
-    inputs = model_inputs(
-        examples, bucket, view_size, pad_id, np.arange(rows) if sample_index is None else sample_index
-    )
+    order = np.arange(rows) if sample_index is None else sample_index
+    inputs = model_inputs(examples, bucket, view_size, pad_id, order, packed=packed)
     return Batch(inputs=inputs, positions=positions, targets=targets, weights=weights, answer=answer)
 
 

@@ -7,17 +7,18 @@ unless asked for, as in the original. Deeper than 8 bits is refused unless a str
 reflectances blindly gives nearly black pictures. Size is checked from the header, before anything is decoded.
 """
 
+import io
 import math
 import os
 import struct
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
+from mmrstraj_jax.config import ImagePolicy
 from mmrstraj_jax.data.anyres import Plan
 from mmrstraj_jax.errors import UserError
 
@@ -31,29 +32,37 @@ _TURNED = (5, 6, 7, 8)  # orientations that swap the sides
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, IndexError)
 
 
-@dataclass(frozen=True)
-class ImagePolicy:
-    """How files become RGB."""
-
-    exif: bool = False  # apply the camera's rotation (HF's loader does, the original does not)
-    max_pixels: int = 89_478_485  # PIL's own decompression-bomb limit, here an error instead of a warning
-    deep: str = "refuse"  # more than 8 bits per band: refuse | stretch (2nd to 98th percentile to 0..255)
-
-
 DEFAULT = ImagePolicy()
 
 
-def _open(path: str | os.PathLike, policy: ImagePolicy) -> Image.Image:
+Source = str | os.PathLike | bytes  # bytes: the content of a file
+
+
+def _name(source: Source) -> str:
+    return "the row's own image" if isinstance(source, bytes) else str(source)
+
+
+def _file(source: Source) -> str | os.PathLike | io.BytesIO:
+    return io.BytesIO(source) if isinstance(source, bytes) else source
+
+
+def _num_bytes(source: Source) -> int:
+    return len(source) if isinstance(source, bytes) else os.path.getsize(source)
+
+
+def _open(source: Source, policy: ImagePolicy) -> Image.Image:
     """Opens a file, reading its header only."""
+    path = _name(source)
     try:
-        image = Image.open(path, formats=FORMATS)
+        image = Image.open(_file(source), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UserError(f"{path}: more than {policy.max_pixels} pixels; cut it into tiles first") from error
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such image") from error
     except UnidentifiedImageError as error:
-        size = os.path.getsize(path)
-        what = "an empty file" if size == 0 else f"not an image in one of the formats {', '.join(FORMATS)}"
+        what = f"not an image that can be read; expected 8-bit bands in one of {', '.join(FORMATS)}"
+        if not _num_bytes(source):
+            what = "an empty file"
         raise UserError(f"{path}: {what}") from error
     except _UNREADABLE as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
@@ -82,25 +91,27 @@ def _rotation(image: Image.Image, policy: ImagePolicy, name: object) -> int:
         raise UserError(f"{name}: damaged image or EXIF data ({error}); write it again") from error
 
 
-def size(path: str | os.PathLike, policy: ImagePolicy = DEFAULT) -> tuple[int, int]:
+def size(source: Source, policy: ImagePolicy = DEFAULT) -> tuple[int, int]:
     """(width, height) that `load` will give, from the header alone.
 
     A file that lacks its format's end mark is decoded, to find truncated downloads before training does.
     Raises UserError naming the file.
     """
-    with _open(path, policy) as image:
+    with _open(source, policy) as image:
         width, height = image.size
-        if not _has_end_mark(path, image.format):
-            _decode(image, path)
-        return (height, width) if _rotation(image, policy, path) in _TURNED else (width, height)
+        if not _has_end_mark(source, image.format):
+            _decode(image, _name(source))
+        return (height, width) if _rotation(image, policy, _name(source)) in _TURNED else (width, height)
 
 
-def _has_end_mark(path: str | os.PathLike, image_format: str | None) -> bool:
+def _has_end_mark(source: Source, image_format: str | None) -> bool:
     mark = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}.get(image_format or "")
     if mark is None:
         return True
-    with open(path, "rb") as file:
-        file.seek(max(0, os.path.getsize(path) - 16))
+    if isinstance(source, bytes):
+        return mark in source[-16:]
+    with open(source, "rb") as file:
+        file.seek(max(0, _num_bytes(source) - 16))
         return mark in file.read()
 
 
@@ -113,11 +124,11 @@ def _decode(image: Image.Image, name: object) -> None:
         ) from error
 
 
-def load(source: str | os.PathLike | Image.Image, policy: ImagePolicy = DEFAULT) -> Image.Image:
+def load(source: Source | Image.Image, policy: ImagePolicy = DEFAULT) -> Image.Image:
     """An RGB image, decoded.
 
     Args:
-      source: a path, or a PIL image (converted by the same rules; its size is trusted).
+      source: a path, the content of a file, or a PIL image (converted by the same rules, its size trusted).
     Raises:
       UserError: naming the file; missing, unknown format, damaged, above max_pixels, or deeper than 8 bits.
     """
@@ -128,8 +139,8 @@ def load(source: str | os.PathLike | Image.Image, policy: ImagePolicy = DEFAULT)
             )
         return _to_rgb(source, policy, "image")
     with _open(source, policy) as image:
-        _decode(image, source)
-        return _to_rgb(image, policy, source)
+        _decode(image, _name(source))
+        return _to_rgb(image, policy, _name(source))
 
 
 def _to_rgb(image: Image.Image, policy: ImagePolicy, name: object) -> Image.Image:

@@ -7,43 +7,45 @@ GPU is held.
 
 import hashlib
 import json
-import logging
 import os
-import pathlib
-import tempfile
-import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
+import tqdm
 from jaxtyping import Int
 
 from mmrstraj_jax.config import AnyResConfig
-from mmrstraj_jax.data import anyres, chat, images
+from mmrstraj_jax.data import anyres, cache, chat, images
 from mmrstraj_jax.data.collate import Shape, Sizes, check_supervision, row_shape
-from mmrstraj_jax.data.records import Problem, Records, Row, Source
+from mmrstraj_jax.data.records import Problem, Records, Row, Rows, Source
 from mmrstraj_jax.data.tokenizer import Tokenizer
 from mmrstraj_jax.errors import UserError
 
 LAYOUT = 1  # raise when the template, the masks or the columns change
+CHECKED = 4096  # rows, evenly spread, whose images are compared with those of the cache at every start
+CHUNK = 512  # rows measured by one thread at a time
 _COLUMNS = len(Shape._fields)
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Index:
     """Rows that can be trained on, and their exact shapes in the same order."""
 
-    rows: list[Row]
+    rows: Sequence[Row]
     shapes: Int[np.ndarray, "rows 5"]  # columns are Shape's fields
     problems: list[Problem]
     sources: list[Source]
     fingerprint: str  # of rows, tokenizer, template and policy; equal on all hosts of a run
 
+    def __reduce__(self):
+        fields = (self.rows, cache.handle(self.shapes), self.problems, self.sources, self.fingerprint)
+        return _index_again, fields
+
     def shape(self, row: int) -> Shape:
-        values = self.shapes[row].tolist()
-        return Shape(*values[:4], bool(values[4]))
+        return Shape.of(self.shapes[row])
 
     def report(self) -> str:
         """Quantiles for the log: length and supervised tokens a row, views in all."""
@@ -53,6 +55,22 @@ class Index:
             f"median {lengths[0]}, 95 % {lengths[1]}, longest {lengths[2]}; "
             f"supervised: median {supervised[0]}, longest {supervised[2]}"
         )
+
+
+def _index_again(rows, shapes, problems, sources, fingerprint) -> Index:
+    return Index(rows, cache.reopen(shapes), problems, sources, fingerprint)
+
+
+class Reader(NamedTuple):
+    """What turns a row into tokens and views."""
+
+    tokenizer: Tokenizer
+    policy: AnyResConfig
+    mask: str
+    image_policy: images.ImagePolicy
+
+    def settings(self) -> str:
+        return repr((LAYOUT, self.tokenizer.fingerprint, *self[1:]))
 
 
 def build_index(
@@ -71,61 +89,103 @@ def build_index(
 
     Raises UserError when no row is left.
     """
-    key, content = _keys(records.rows, tokenizer, policy, mask, image_policy)
-    cached = _read_cache(cache_dir, key, len(records.rows))
-    if cached is None:
-        with ThreadPoolExecutor(threads) as pool:
-            measured = list(
-                pool.map(lambda row: _measure(row, tokenizer, policy, mask, image_policy), records.rows)
-            )
-        shapes = np.asarray(
-            [found if isinstance(found, Shape) else (0,) * _COLUMNS for found in measured], np.int32
-        )
-        shapes = shapes.reshape(-1, _COLUMNS)
-        reasons = {at: found for at, found in enumerate(measured) if isinstance(found, str)}
-        _write_cache(cache_dir, key, shapes, reasons)
+    rows, reader = records.rows, Reader(tokenizer, policy, mask, image_policy)
+    name = f"index-{_key(rows, reader)}"
+    kept = cache.read(cache_dir, name)
+    if kept is not None and not _still_bad(rows, reader, kept[1]["reasons"]):
+        kept = None
+    if kept is None:
+        shapes, said = _measure_all(rows, reader, threads)
+        shapes = cache.write(cache_dir, name, shapes, said)
     else:
-        shapes, reasons = cached
-    for at in range(len(records.rows)):
-        if at not in reasons:
-            try:
-                sizes.round(Shape(*shapes[at].tolist()))
-            except UserError as error:
-                reasons[at] = str(error)
+        shapes, said = kept
+    reasons = {int(at): reason for at, reason in said["reasons"].items()} | _misfits(shapes, sizes)
     if reasons and on_bad == "error":
         at = min(reasons)
-        raise UserError(f"{records.rows[at].where}: {reasons[at]}")
-    if len(reasons) == len(records.rows):
-        raise UserError(
-            f"no row can be used; {records.rows[0].where}: {reasons[0]}" if reasons else "no rows"
-        )
-    keep = np.asarray([at not in reasons for at in range(len(records.rows))])
-    problems = [
-        Problem(records.rows[at].source, records.rows[at].line, reasons[at]) for at in sorted(reasons)
-    ]
-    return Index(
-        rows=[row for row, kept in zip(records.rows, keep, strict=True) if kept],
-        shapes=shapes[keep],
-        problems=records.problems + problems,
-        sources=_kept_sources(records.sources, keep),
-        fingerprint=hashlib.sha256(content.encode() + shapes[keep].tobytes()).hexdigest(),
-    )
+        raise UserError(f"{rows[at].where}: {reasons[at]}")
+    if len(reasons) == len(rows):
+        raise UserError(f"no row can be used; {rows[0].where}: {reasons[0]}" if reasons else "no rows")
+    bad = sorted(reasons)
+    problems, sources = records.problems, records.sources
+    if bad:
+        places = [rows[at] for at in bad]
+        problems = problems + [
+            Problem(row.source, row.line, reasons[at]) for row, at in zip(places, bad, strict=True)
+        ]
+        keep = np.ones(len(rows), bool)
+        keep[bad] = False
+        sources, numbers = _kept_sources(sources, keep), np.flatnonzero(keep)
+        rows = rows.take(numbers) if isinstance(rows, Rows) else [rows[at] for at in numbers]
+        shapes = np.asarray(shapes[numbers])
+    fingerprint = hashlib.sha256(said["content"].encode() + shapes.tobytes()).hexdigest()
+    return Index(rows, shapes, problems, sources, fingerprint)
 
 
-def _measure(
-    row: Row, tokenizer: Tokenizer, policy: AnyResConfig, mask: str, image_policy: images.ImagePolicy
-) -> Shape | str:
+def _misfits(shapes: Int[np.ndarray, "rows 5"], sizes: Sizes) -> dict[int, str]:
+    """Why a row of these shapes cannot travel in any bucket. A shape of zeros belongs to a bad row."""
+    reasons = {}
+    for at in np.flatnonzero((shapes[:, 1] > sizes.max_length) | (shapes[:, 0] > sizes.view_buckets[-1])):
+        try:
+            sizes.round(Shape.of(shapes[at]))
+        except UserError as error:
+            reasons[int(at)] = str(error)
+    return reasons
+
+
+def _measure_all(rows: Sequence[Row], reader: Reader, threads: int) -> tuple[np.ndarray, dict]:
+    """(shapes, zeros for bad rows; reasons of the bad ones and the hash of all content)."""
+    content = hashlib.sha256(reader.settings().encode())
+    shapes = np.zeros((len(rows), _COLUMNS), np.int32)
+    reasons: dict[str, str] = {}
+
+    def chunk(begin: int) -> tuple[int, list[Shape | str], bytes]:
+        found, said = [], []
+        for row in _some(rows, begin):
+            found.append(_measure(row, reader))
+            said.append(_content(row))
+        return begin, found, b"".join(said)
+
+    quiet = None if len(rows) > 20_000 else True
+    with (
+        ThreadPoolExecutor(threads) as pool,
+        tqdm.tqdm(total=len(rows), unit="row", desc="measuring rows", disable=quiet, leave=False) as bar,
+    ):
+        for begin, found, said in pool.map(chunk, range(0, len(rows), CHUNK)):
+            content.update(said)
+            for at, one in enumerate(found, begin):
+                if isinstance(one, str):
+                    reasons[str(at)] = one
+                else:
+                    shapes[at] = one
+            bar.update(len(found))
+    return shapes, {"reasons": reasons, "content": content.hexdigest()}
+
+
+def _some(rows: Sequence[Row], begin: int) -> Iterator[Row]:
+    return (rows[at] for at in range(begin, min(begin + CHUNK, len(rows))))
+
+
+def _content(row: Row) -> bytes:
+    return json.dumps([row.id, row.images, row.videos, row.conversations]).encode()
+
+
+def _measure(row: Row, reader: Reader) -> Shape | str:
     """The row's shape, or why it has none."""
     try:
-        found = [images.size(path, image_policy) for path in row.image_paths()]
-        plans = anyres.plan_row(found, len(found) if row.kind == "video" else 0, policy)
-        encoded = chat.encode_spans(row.conversations, tokenizer, row.kind)
-        labels = chat.labels_of(encoded, tokenizer, mask)
+        found = [images.size(file, reader.image_policy) for file in row.image_files()]
+        plans = anyres.plan_row(found, len(found) if row.kind == "video" else 0, reader.policy)
+        encoded = chat.encode_spans(row.conversations, reader.tokenizer, row.kind)
+        labels = chat.labels_of(encoded, reader.tokenizer, reader.mask)
         length = len(encoded.ids) + sum(plan.num_tokens - 1 for plan in plans)
         check_supervision(int(encoded.answer.sum()), length, None)
         return row_shape(plans, length, labels)
     except UserError as error:
         return str(error)
+
+
+def _still_bad(rows: Sequence[Row], reader: Reader, reasons: dict[str, str]) -> bool:
+    """Whether the rows that were bad still are, for the same reason: someone may have mended an image."""
+    return all(_measure(rows[int(at)], reader) == reason for at, reason in list(reasons.items())[:1000])
 
 
 def _kept_sources(sources: Sequence[Source], keep: np.ndarray) -> list[Source]:
@@ -139,52 +199,20 @@ def _kept_sources(sources: Sequence[Source], keep: np.ndarray) -> list[Source]:
     return kept
 
 
-def _keys(
-    rows: Sequence[Row],
-    tokenizer: Tokenizer,
-    policy: AnyResConfig,
-    mask: str,
-    image_policy: images.ImagePolicy,
-) -> tuple[str, str]:
-    """(key of the cache on this machine, hash of the content that all hosts must share)."""
-    content = hashlib.sha256(repr((LAYOUT, tokenizer.fingerprint, policy, mask, image_policy)).encode())
-    files = hashlib.sha256()
-    for row in rows:
-        content.update(json.dumps([row.id, row.images, row.videos, row.conversations]).encode())
-        for name in row.images + row.videos:
+def _key(rows: Sequence[Row], reader: Reader) -> str:
+    """Of the cache on this machine. The loader meets a change that the checked rows do not show."""
+    key = hashlib.sha256(reader.settings().encode())
+    if isinstance(rows, Rows):
+        key.update(rows.identity().encode())
+    else:
+        for row in rows:
+            key.update(_content(row))
+    for at in np.unique(np.linspace(0, len(rows) - 1, min(len(rows), CHECKED), dtype=int)):
+        row = rows[at]
+        for name in () if row.blobs else row.images + row.videos:
             try:
                 status = os.stat(os.path.join(row.root, name))
-                files.update(f"{row.root}/{name} {status.st_size} {status.st_mtime_ns}\n".encode())
+                key.update(f"{row.root}/{name} {status.st_size} {status.st_mtime_ns}\n".encode())
             except OSError:  # _measure says what is wrong with it
-                files.update(f"{name} missing\n".encode())
-    return hashlib.sha256((content.hexdigest() + files.hexdigest()).encode()).hexdigest(), content.hexdigest()
-
-
-def _read_cache(
-    cache_dir: str | os.PathLike | None, key: str, rows: int
-) -> tuple[np.ndarray, dict[int, str]] | None:
-    if cache_dir is None or not (path := pathlib.Path(cache_dir) / f"index-{key[:32]}.npz").is_file():
-        return None
-    try:
-        with np.load(path, allow_pickle=False) as data:
-            shapes = data["shapes"]
-            reasons = {int(at): text for at, text in json.loads(str(data["reasons"])).items()}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        log.warning("index cache %s is damaged (%s); measuring again", path, error)
-        return None
-    return (shapes, reasons) if shapes.shape == (rows, _COLUMNS) else None
-
-
-def _write_cache(
-    cache_dir: str | os.PathLike | None, key: str, shapes: np.ndarray, reasons: dict[int, str]
-) -> None:
-    if cache_dir is None:
-        return
-    folder = pathlib.Path(cache_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, suffix=".npz", delete=False) as file:
-            np.savez(file, shapes=shapes, reasons=np.asarray(json.dumps(reasons)))
-        os.replace(file.name, folder / f"index-{key[:32]}.npz")
-    except OSError as error:  # a cache is only a cache
-        log.warning("index cache in %s cannot be written (%s)", folder, error)
+                key.update(f"{name} missing\n".encode())
+    return key.hexdigest()[:32]

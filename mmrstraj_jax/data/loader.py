@@ -1,193 +1,35 @@
-"""Which rows a step trains on, and the host batches themselves.
+"""The host batches of a schedule: read, decoded and collated ahead of the step that trains on them."""
 
-The order is a pure function of (seed, step): a cursor is one integer, and it survives a change of the process
-count. One global batch has one bucket, so all hosts run the same program at the same step.
-"""
-
+import contextlib
 import functools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import multiprocessing
+import os
+import queue
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import grain
 import numpy as np
 from absl import flags
-from jaxtyping import Int
 
-from mmrstraj_jax.config import AnyResConfig
+from mmrstraj_jax.config import AnyResConfig, LoaderConfig
 from mmrstraj_jax.data import collate, images
-from mmrstraj_jax.data.collate import Batch, Shape, Sizes
+from mmrstraj_jax.data.collate import Batch, Shape
 from mmrstraj_jax.data.index import Index
+from mmrstraj_jax.data.schedule import Schedule
 from mmrstraj_jax.data.tokenizer import Tokenizer
 from mmrstraj_jax.errors import UserError
 
-
-def shuffled(count: int, seed: int, number: int, stream: int) -> Int[np.ndarray, " count"]:
-    """A permutation from raw Philox bits: unlike Generator.permutation, the same in every NumPy."""
-    bits = np.random.Philox(key=np.array([seed, number << 16 | stream], np.uint64))
-    return np.argsort(bits.random_raw(count), kind="stable")
-
-
-def _cost(shape: Shape) -> float:
-    """Rough work of a row in LLM tokens; a 384 px view is worth 50 (7B) to 900 (0.5B) of them."""
-    return shape.length + 256 * shape.views + shape.canvas**2 / 16 + shape.supervised / 4
-
-
-class Schedule:
-    """Rows and bucket of every step.
-
-    Without weights each epoch holds every row exactly once, in ceil(rows / batch_size) steps. With weights an
-    epoch is as long, source i has its share of the draws, and no row is drawn again before all of its source
-    were.
-
-    Attributes:
-      buckets: every shape a step can have, most expensive first.
-      steps_per_epoch.
-    """
-
-    def __init__(self, index: Index, sizes: Sizes, batch_size: int, seed: int, max_buckets: int = 12):
-        assert batch_size > 0 and max_buckets > 0 and seed >= 0
-        self.batch_size, self.seed = batch_size, seed
-        self._sources = [(source.start, source.count) for source in index.sources]
-        self._draws = _draws(
-            [count for _, count in self._sources], [source.weight for source in index.sources]
-        )
-        self.steps_per_epoch = -(-sum(self._draws) // batch_size)
-        rounded, group_of = _rounded(index.shapes, sizes)
-        # Not keyed on K: that would multiply the programs, while a larger K costs little.
-        keys = sorted({shape._replace(supervised=0) for shape in rounded})
-        place = {shape: at for at, shape in enumerate(keys)}
-        number_of = np.asarray([place[shape._replace(supervised=0)] for shape in rounded])
-        count_of = np.bincount(number_of[group_of], minlength=len(keys))
-        joined = _merge_small(dict(zip(keys, count_of.tolist(), strict=True)), batch_size, max_buckets)
-        final = [joined[shape._replace(supervised=0)] for shape in rounded]
-        self._order = _with_supervised(final, rounded)
-        place = {shape._replace(supervised=0): at for at, shape in enumerate(self._order)}
-        self._bucket_of = np.asarray([place[shape] for shape in final], np.int32)[group_of]
-        # Where the rows go that fill no batch of their own: the cheapest larger bucket, in the end one for
-        # all.
-        self._top = functools.reduce(Shape.join, self._order)
-        self._next = [
-            next((other for other in range(at + 1, len(self._order)) if shape.fits(self._order[other])), None)
-            for at, shape in enumerate(self._order)
-        ]
-        self.buckets = sorted({*self._order, self._top}, key=_cost, reverse=True)
-        self._epoch = functools.lru_cache(maxsize=2)(self._plan_epoch)
-
-    def __reduce__(self):
-        state = {key: value for key, value in self.__dict__.items() if key != "_epoch"}
-        return _restore_schedule, (state,)
-
-    def batch(self, step: int) -> tuple[Shape, Int[np.ndarray, " batch_size"]]:
-        """(bucket, row numbers) of a step, from 0 over all epochs; -1 is a padding row of weight 0."""
-        epoch, at = divmod(step, self.steps_per_epoch)
-        bucket, rows = self._epoch(epoch)[at]
-        return bucket, rows
-
-    def _plan_epoch(self, epoch: int) -> list[tuple[Shape, np.ndarray]]:
-        drawn = []
-        for stream, ((start, count), draws) in enumerate(zip(self._sources, self._draws, strict=True), 1):
-            places = np.arange(epoch * draws, (epoch + 1) * draws)
-            for number in range(places[0] // count, places[-1] // count + 1):
-                order = shuffled(count, self.seed, number, stream)
-                drawn.append(start + order[places[places // count == number] % count])
-        rows = np.concatenate(drawn)
-        rows = rows[shuffled(len(rows), self.seed, epoch, 0)]
-        buckets = self._bucket_of[rows]
-        batches: list[tuple[Shape, np.ndarray]] = []
-        waiting = [rows[buckets == number] for number in range(len(self._order))]
-        left = [np.zeros(0, rows.dtype)]
-        for number, shape in enumerate(self._order):
-            mine = waiting[number]
-            whole = len(mine) // self.batch_size * self.batch_size
-            batches += [(shape, part) for part in mine[:whole].reshape(-1, self.batch_size)]
-            target = self._next[number]
-            if target is None:
-                left.append(mine[whole:])
-            else:
-                waiting[target] = np.concatenate([mine[whole:], waiting[target]])
-        rest = np.concatenate(left)
-        for begin in range(0, len(rest), self.batch_size):
-            part = rest[begin : begin + self.batch_size]
-            padded = np.full(self.batch_size, -1, rows.dtype)
-            padded[: len(part)] = part
-            batches.append((self._top, padded))
-        assert len(batches) == self.steps_per_epoch, (len(batches), self.steps_per_epoch)
-        return [batches[at] for at in shuffled(len(batches), self.seed, epoch, (1 << 16) - 1)]
-
-
-def _restore_schedule(state: dict) -> Schedule:
-    schedule = object.__new__(Schedule)
-    schedule.__dict__.update(state)
-    schedule._epoch = functools.lru_cache(maxsize=2)(schedule._plan_epoch)
-    return schedule
-
-
-def _draws(counts: Sequence[int], weights: Sequence[float | None]) -> list[int]:
-    """Draws an epoch from each source: all rows, or their sum split by weight (largest remainders)."""
-    if any(weight is None for weight in weights):
-        return list(counts)
-    total, scale = sum(counts), sum(weights)
-    exact = [total * weight / scale for weight in weights]
-    draws = [int(value) for value in exact]
-    for at in sorted(range(len(exact)), key=lambda at: draws[at] - exact[at])[: total - sum(draws)]:
-        draws[at] += 1
-    return [max(1, value) for value in draws]
-
-
-def _rounded(shapes: Int[np.ndarray, "rows 5"], sizes: Sizes) -> tuple[list[Shape], Int[np.ndarray, " rows"]]:
-    """(distinct rounded shapes, which of them each row has). By columns: a million rows take a second."""
-    columns = shapes.astype(np.int64).T.copy()
-    for at in range(3):  # views, length, supervised
-        distinct, place = np.unique(columns[at], return_inverse=True)
-        zero = Shape(0, 0, 0, 0, False)
-        name = Shape._fields[at]
-        columns[at] = np.asarray(
-            [sizes.round(zero._replace(**{name: value}))[at] for value in distinct.tolist()]
-        )[place]
-    radix = columns.max(1) + 1
-    codes, group_of = np.unique(np.ravel_multi_index(tuple(columns), tuple(radix)), return_inverse=True)
-    values = np.stack(np.unravel_index(codes, tuple(radix)), 1).tolist()
-    return [Shape(*value[:4], bool(value[4])) for value in values], group_of
-
-
-def _merge_small(counts: dict[Shape, int], batch_size: int, limit: int) -> dict[Shape, Shape]:
-    """Joins groups that cannot fill a batch, or are too many to compile, with the one that costs least extra.
-
-    Takes rows per shape, returns the shape that each becomes.
-    """
-    counts, becomes = dict(counts), {shape: shape for shape in counts}
-    while len(counts) > 1:
-        smallest = min(counts, key=lambda shape: (counts[shape], _cost(shape), shape))
-        if len(counts) <= limit and counts[smallest] >= batch_size:
-            break
-        mine = counts.pop(smallest)
-
-        def extra(other: Shape, shape: Shape = smallest, mine: int = mine) -> float:
-            cost = _cost(shape.join(other))
-            return mine * (cost - _cost(shape)) + counts[other] * (cost - _cost(other))
-
-        other = min(counts, key=lambda shape: (extra(shape), _cost(shape), shape))
-        joined = smallest.join(other)
-        counts[joined] = mine + counts.pop(other) + counts.pop(joined, 0)
-        becomes = {shape: joined if final in (smallest, other) else final for shape, final in becomes.items()}
-    return becomes
-
-
-def _with_supervised(final: Sequence[Shape], rounded: Sequence[Shape]) -> list[Shape]:
-    """The buckets, cheapest first, each with room for the K of every bucket that may be promoted into it."""
-    room: dict[Shape, int] = {}
-    for bucket, shape in zip(final, rounded, strict=True):
-        room[bucket] = max(room.get(bucket, 0), shape.supervised)
-    buckets = [
-        bucket._replace(supervised=max(room[other] for other in room if other.fits(bucket)))
-        for bucket in room
-    ]
-    return sorted(buckets, key=lambda shape: (_cost(shape), shape))
+_SLOTS = 4096  # more than batches that can be under way at once
+Item = tuple[int, Shape, Batch]
 
 
 @dataclass(frozen=True)
 class Loader:
-    """Host batches: `loader(step)` is the one step, `loader.iterate(start)` streams them in order."""
+    """Host batches: `loader(step)` is the one step, `loader.iterate(start, stop)` streams them in order."""
 
     index: Index
     schedule: Schedule
@@ -195,8 +37,10 @@ class Loader:
     policy: AnyResConfig
     mask: str = "original"
     image_policy: images.ImagePolicy = images.DEFAULT
+    how: LoaderConfig = LoaderConfig()
     process_index: int = 0
     process_count: int = 1
+    trace: str | None = None  # a file of _SLOTS int64: the row that a step under way is reading
 
     def __post_init__(self):
         if self.schedule.batch_size % self.process_count:
@@ -207,57 +51,148 @@ class Loader:
 
     def ids(self, step: int) -> list[str | None]:
         """Row ids of the whole global batch, None for padding."""
-        _, rows = self.schedule.batch(step)
-        return [None if row < 0 else self.index.rows[row].id for row in rows]
+        _, numbers = self.schedule.batch(step)
+        rows = [row for number in numbers.tolist() for row in self.schedule.members(number) or [None]]
+        return [None if row is None else self.index.rows[row].id for row in rows]
 
-    def __call__(self, step: int) -> tuple[int, Shape, Batch]:
+    def __call__(self, step: int) -> Item:
         """(step, bucket, this process's rows of the batch).
 
         Raises UserError naming the row: an image that can no longer be read, or changed since it was indexed.
         """
-        bucket, rows = self.schedule.batch(step)
-        local = len(rows) // self.process_count
+        bucket, numbers = self.schedule.batch(step)
+        local = len(numbers) // self.process_count
         begin = self.process_index * local
-        examples = [None if row < 0 else self._example(row) for row in rows[begin : begin + local]]
+        examples = [self._row(step, number) for number in numbers[begin : begin + local].tolist()]
+        self._note(step, -1)
         # One number for each drawn row, whatever the process count; int32 as the dropout key wants it.
-        number = (step * len(rows) + begin + np.arange(local)) & 0x7FFFFFFF
-        pad, size = self.tokenizer.pad_id, self.policy.view_size
-        return step, bucket, collate.batch(examples, bucket, pad, size, number)
+        return step, bucket, self._collate(bucket, examples, step * len(numbers) + begin)
+
+    def blank(self, bucket: Shape) -> Batch:
+        """A batch of padding in the shape of a bucket: to compile and run its program without data."""
+        return self._collate(bucket, [None] * (self.schedule.batch_size // self.process_count), 0)
+
+    def _collate(self, bucket: Shape, examples: list[collate.Example | None], first: int) -> Batch:
+        order = (first + np.arange(len(examples))) & 0x7FFFFFFF
+        pad, size, packed = self.tokenizer.pad_id, self.policy.view_size, self.schedule.packs is not None
+        return collate.batch(examples, bucket, pad, size, order, packed=packed)
+
+    def _row(self, step: int, number: int) -> collate.Example | None:
+        samples = []
+        for row in self.schedule.members(number):
+            self._note(step, row)
+            samples.append(self._example(row))
+        return samples[0] if len(samples) == 1 else collate.join(samples) if samples else None
 
     def _example(self, row: int) -> collate.Example:
+        item = self.index.rows[row]
         example = collate.example(
-            self.index.rows[row], self.tokenizer, self.policy, mask=self.mask, image_policy=self.image_policy
+            item, self.tokenizer, self.policy, mask=self.mask, image_policy=self.image_policy
         )
         if example.shape != self.index.shape(row):
             raise UserError(
-                f"{self.index.rows[row].where}: its image changed since the data was indexed; start again"
+                f"{item.where}: its image changed since the data was indexed; empty the index cache "
+                "(loader.cache_dir) and start again"
             )
         return example
 
-    def iterate(
-        self, start: int, stop: int, *, workers: int = 0, threads: int = 4, prefetch: int = 4
-    ) -> Iterator[tuple[int, Shape, Batch]]:
-        """Batches of steps start .. stop - 1, prepared ahead.
+    # ---- streaming ----
 
-        Args:
-          workers: processes; 0 prepares in this one, in `threads` threads.
-          prefetch: batches that may wait, for each worker.
+    def iterate(self, start: int, stop: int) -> Iterator[Item]:
+        """Batches of steps start .. stop - 1, prepared ahead as `how` says.
+
         Raises:
-          UserError: as __call__, also from a worker. RuntimeError: a worker died; names the step.
+          UserError: as __call__, also from a worker. RuntimeError: a worker died, or no batch came within
+          how.timeout seconds; names the row it was reading.
         """
-        reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch if threads else 0)
+        with tempfile.TemporaryDirectory(prefix="mmrstraj-loader-") as folder:
+            trace = os.path.join(folder, "rows")
+            np.full(_SLOTS, -1, np.int64).tofile(trace)
+            stream = _Ahead(iter(replace(self, trace=trace)._dataset(start, stop)), self.how.timeout)
+            with contextlib.closing(stream):
+                for due in range(start, stop):
+                    try:
+                        yield stream.get()
+                    except (RuntimeError, TimeoutError) as error:  # RuntimeError: grain's, for a dead worker
+                        what = "stopped" if isinstance(error, TimeoutError) else "died"
+                        rows = self._under_way(trace, start, due) or self.ids(due)
+                        raise RuntimeError(
+                            f"a data worker {what} at step {due} or soon after, reading "
+                            f"{', '.join(map(str, rows))}: {error}"
+                        ) from error
+
+    def _dataset(self, start: int, stop: int) -> grain.IterDataset:
+        how = self.how
+        threads = 0 if how.workers else how.threads  # one row at a time in each worker process
+        reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=how.prefetch if threads else 0)
         dataset = grain.MapDataset.range(start, stop).map(self).to_iter_dataset(reading)
-        if workers:
-            if not flags.FLAGS.is_parsed():  # grain's workers read absl flags
-                flags.FLAGS.mark_as_parsed()
-            options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch)
-            dataset = dataset.mp_prefetch(options)
-        due = start
+        if not how.workers:
+            return dataset
+        if not flags.FLAGS.is_parsed():  # grain's workers read absl flags
+            flags.FLAGS.mark_as_parsed()
+        options = grain.MultiprocessingOptions(num_workers=how.workers, per_worker_buffer_size=how.prefetch)
+        return dataset.mp_prefetch(options, worker_init_fn=_start_worker)
+
+    @functools.cached_property
+    def _trace(self) -> np.ndarray:
+        return np.memmap(self.trace, np.int64, "r+")
+
+    def _note(self, step: int, row: int) -> None:
+        if self.trace is not None:
+            self._trace[step % _SLOTS] = row
+
+    def _under_way(self, trace: str, start: int, due: int) -> list[str]:
+        """What the worker of the step that is due was reading; of threads, what each of them was."""
+        rows = np.fromfile(trace, np.int64)
+        every = self.how.workers or 1
+        steps = (step for step in range(due, due + _SLOTS) if (step - start) % every == (due - start) % every)
+        found = (int(rows[step % _SLOTS]) for step in steps)
+        return [self.index.rows[row].where for row in found if row >= 0]
+
+
+def _start_worker(number: int, count: int) -> None:
+    """Ctrl-C is for the training process, which then saves and ends its workers; so is the accelerator."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class _Ahead:
+    """Pulls an iterator in a thread, so that waiting for it can end."""
+
+    def __init__(self, items: Iterator[Item], timeout: float):
+        self._items, self._timeout = items, timeout
+        self._ready: queue.Queue = queue.Queue(maxsize=1)
+        self._closed = threading.Event()
+        threading.Thread(target=self._pull, name="loader", daemon=True).start()
+
+    def _pull(self) -> None:
         try:
-            for item in dataset:
-                yield item
-                due += 1
-        except RuntimeError as error:  # grain's report of a worker that was killed
-            raise RuntimeError(
-                f"a data worker died at step {due} or soon after (rows {self.ids(due)}): {error}"
-            ) from error
+            for item in self._items:
+                if not self._put((item, None)):
+                    return
+        except BaseException as error:  # raised again by get
+            self._put((None, error))
+
+    def _put(self, answer: tuple[Item | None, BaseException | None]) -> bool:
+        while not self._closed.is_set():
+            with contextlib.suppress(queue.Full):
+                self._ready.put(answer, timeout=0.2)
+                return True
+        return False
+
+    def get(self) -> Item:
+        """Raises what the iterator raised, or TimeoutError."""
+        try:
+            item, error = self._ready.get(timeout=self._timeout)
+        except queue.Empty:
+            for child in multiprocessing.active_children():
+                if child.name.startswith("grain-"):
+                    child.kill()  # closing would wait long for one that hangs
+            raise TimeoutError(f"no batch for {self._timeout:g} s (loader.timeout)") from None
+        if error is not None:
+            raise error
+        return item
+
+    def close(self) -> None:
+        self._closed.set()
+        self._items.close()

@@ -1,22 +1,30 @@
-"""Training rows from files: LLaVA-OneVision JSON lists and JSON Lines, checked row by row.
+"""Training rows: LLaVA-OneVision's, from JSON lists, JSON Lines or array_record, checked one by one.
 
 A bad row is quarantined with its place and reason, or ends the run, as the caller chooses; a file that is
 missing or broken as a whole always raises. Images are named relative to an image root and can never leave it.
 """
 
-import codecs
-import json
+import array
+import base64
+import dataclasses
+import hashlib
 import os
 import pathlib
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from mmrstraj_jax.data import chat
+import numpy as np
+import tqdm
+from jaxtyping import Int
+
+from mmrstraj_jax.data import cache, chat, rowfiles
+from mmrstraj_jax.data.rowfiles import RowFile
 from mmrstraj_jax.errors import UserError
 
+LAYOUT = 2  # raise when rows are read or checked differently: caches are made again
 FRAMES = 32  # LLaVA-OneVision's frames_upbound
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -45,6 +53,7 @@ class Row:
     source: str
     line: int
     root: str
+    blobs: tuple[bytes, ...] = ()  # images that the row itself holds; `images` then has their hashes
 
     @property
     def kind(self) -> str:
@@ -56,6 +65,10 @@ class Row:
         """File, line and id, for messages."""
         place = "row" if self.source.endswith("[]") else "line"
         return f"{self.source}: {place} {self.line} (id {repr(self.id)[1:-1]:.80})"
+
+    def image_files(self) -> list[pathlib.Path | bytes]:
+        """What to open, in order: files, or their content. Raises UserError."""
+        return list(self.blobs) or self.image_paths()
 
     def image_paths(self) -> list[pathlib.Path]:
         """The files to open, in order; of a video, up to 32 frames, evenly spread. Raises UserError."""
@@ -86,7 +99,7 @@ class Source:
 class Records:
     """What `load` found."""
 
-    rows: list[Row]
+    rows: Sequence[Row]
     problems: list[Problem]
     sources: list[Source] = field(default_factory=list)
 
@@ -130,96 +143,174 @@ def parse_mixture(spec: str) -> list[tuple[str, float | None]]:
     return mixture
 
 
+class Rows(Sequence[Row]):
+    """The rows of data files, each read when it is asked for: only where they lie is held, 26 bytes a row."""
+
+    PLACE = np.dtype([("file", "<i2"), ("line", "<i8"), ("offset", "<i8"), ("size", "<i8")])
+
+    def __init__(self, files: Sequence[tuple[RowFile, str]], places: np.ndarray):
+        """files: each with its image root; places: of dtype PLACE."""
+        self.files, self.places = tuple(files), places
+
+    def __reduce__(self):
+        return _rows_again, (self.files, cache.handle(self.places))
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, number: int) -> Row:
+        """Raises UserError: the file is not what it was. Images are checked when they are opened."""
+        place = self.places[number]
+        file, root = self.files[place["file"]]
+        data = file.read(int(place["offset"]), int(place["size"]))
+        return _check(_value(data), file.source, int(place["line"]), root, check_files=False)
+
+    def take(self, numbers: Int[np.ndarray, " n"]) -> "Rows":
+        """Some of the rows, in the order of their numbers."""
+        return Rows(self.files, np.asarray(self.places[numbers]))
+
+    def identity(self) -> str:
+        """Changes with the files, and with which of their rows these are."""
+        return hashlib.sha256(repr(self.files).encode() + self.places.tobytes()).hexdigest()
+
+
+def _rows_again(files: Sequence[tuple[RowFile, str]], places: np.ndarray | str) -> Rows:
+    return Rows(files, cache.reopen(places))
+
+
 def load(
     spec: str,
     image_root: str | os.PathLike | None = None,
     *,
     on_bad: str = "quarantine",
     check_files: bool = True,
+    cache_dir: str | os.PathLike | None = None,
 ) -> Records:
-    """Rows of one or several data files.
+    """Rows of one or several data files: every row is read and checked, and only its place is kept.
 
     Args:
-      spec: "A.json" or "A.json:0.7,B.jsonl:0.3".
+      spec: "A.json" or "A.json:0.7,B.jsonl:0.3"; also array_record files, or folders of them.
       image_root: folder that image paths are relative to; None: the folder of each file.
       on_bad: "quarantine" drops bad rows and reports them, "error" raises on the first.
       check_files: whether images must exist (nothing is decoded).
+      cache_dir: keeps the places; a later start with the same files reads only the rows that were bad.
     Raises:
       UserError: a file is missing or broken, holds no valid row, or (on_bad="error") has a bad one.
     """
     assert on_bad in ("quarantine", "error"), on_bad
-    records = Records([], [])
-    seen: dict[str, str] = {}
-    for path, weight in parse_mixture(spec):
-        start, first_problem = len(records.rows), len(records.problems)
+    mixture, files, counts = parse_mixture(spec), [], []
+    for path, _ in mixture:
         root = pathlib.Path(image_root) if image_root is not None else pathlib.Path(path).parent
         if not root.is_dir():
             raise UserError(f"image root {root}: no such folder")
-        root = root.resolve()
-        for source, line, value in read_rows(path):
-            try:
-                if isinstance(value, ValueError):
-                    raise UserError(str(value))
-                row = _check(value, source, line, str(root), check_files)
-            except UserError as error:
-                problem = Problem(source, line, str(error))
-                if on_bad == "error":
-                    raise UserError(str(problem)) from error
-                records.problems.append(problem)
-                continue
-            if row.id in seen:
-                remark = f"id {row.id!r} is already used in {seen[row.id]}; the row is kept"
-                records.problems.append(Problem(source, line, remark, dropped=False))
-            seen.setdefault(row.id, f"{source} at {line}")
-            records.rows.append(row)
-        count = len(records.rows) - start
-        if not count:
-            found = records.problems[first_problem:]
-            first = f"{len(found)} bad, the first: {found[0]}" if found else "the file is empty"
-            raise UserError(f"{path}: no valid row; {first}")
-        records.sources.append(Source(path, weight, start, count))
-    return records
+        found = rowfiles.find(path)
+        counts.append(len(found))
+        files += [(file, str(root.resolve())) for file in found]
+    key = repr((LAYOUT, os.getcwd(), files, check_files))
+    name = f"rows-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
+    kept = cache.read(cache_dir, name)
+    if kept is not None and not _still_bad(files, kept[1]["bad"], check_files):
+        kept = None  # an image that was missing is there now
+    if kept is None:
+        places, said = _scan(files, check_files)
+        places = cache.write(cache_dir, name, places, said)
+    else:
+        places, said = kept
+    problems = [Problem(*problem) for problem in said["problems"]]
+    bad = [problem for problem in problems if problem.dropped]
+    if bad and on_bad == "error":
+        raise UserError(str(bad[0]))
+    sources, first, start = [], 0, 0
+    per_file = said["rows"]
+    for (path, weight), count in zip(mixture, counts, strict=True):
+        rows = sum(per_file[first : first + count])
+        if not rows:
+            mine = {file.source for file, _ in files[first : first + count]}
+            mine = [problem for problem in bad if problem.source in mine]
+            reason = f"{len(mine)} bad, the first: {mine[0]}" if mine else "the file is empty"
+            raise UserError(f"{path}: no valid row; {reason}")
+        sources.append(Source(path, weight, start, rows))
+        first, start = first + count, start + rows
+    return Records(Rows(files, places), problems, sources)
+
+
+def _scan(files: Sequence[tuple[RowFile, str]], check_files: bool) -> tuple[np.ndarray, dict]:
+    """(places of the good rows; problems, rows of each file and places of the bad ones) of whole files."""
+    columns = [array.array("q") for _ in Rows.PLACE.names]
+    keys = array.array("Q")  # 64 bits of each id: a million ids as text would take 100 MB
+    problems, bad, per_file = [], [], []
+    total = sum(file.size for file, _ in files)
+    with tqdm.tqdm(total=total, unit="B", unit_scale=True, desc="reading rows", **_bar(total)) as bar:
+        for number, (file, root) in enumerate(files):
+            before = len(keys)
+            for line, offset, size, data in file.scan():
+                bar.update(size)
+                try:
+                    row = _check(_value(data), file.source, line, root, check_files)
+                except UserError as error:
+                    problems.append(Problem(file.source, line, str(error)))
+                    bad.append((number, line, offset, size))
+                    continue
+                digest = hashlib.blake2b(row.id.encode(), digest_size=8).digest()
+                keys.append(int.from_bytes(digest, "little"))
+                for column, value in zip(columns, (number, line, offset, size), strict=True):
+                    column.append(value)
+            per_file.append(len(keys) - before)
+    places = np.empty(len(keys), Rows.PLACE)
+    for name, column in zip(Rows.PLACE.names, columns, strict=True):
+        places[name] = np.frombuffer(column, np.int64) if column else 0
+    problems += _repeated(Rows(files, places), np.frombuffer(keys, np.uint64) if keys else np.zeros(0))
+    said = {"problems": [dataclasses.astuple(problem) for problem in problems], "bad": bad, "rows": per_file}
+    return places, said
+
+
+def _bar(total: int) -> dict:
+    return {"disable": None if total > 1 << 24 else True, "leave": False}
+
+
+def _repeated(rows: Rows, keys: np.ndarray) -> list[Problem]:
+    """A remark for every row whose id was used before."""
+    _, first, group = np.unique(keys, return_index=True, return_inverse=True)
+    again = np.flatnonzero(first[group] != np.arange(len(keys))) if len(keys) else ()
+    remarks = []
+    for number in again:
+        row, other = rows[number], rows[first[group[number]]]
+        message = f"id {row.id!r} is already used in {other.source} at {other.line}; the row is kept"
+        remarks.append(Problem(row.source, row.line, message, dropped=False))
+    return remarks
+
+
+def _still_bad(files: Sequence[tuple[RowFile, str]], bad: Sequence[Sequence[int]], check_files: bool) -> bool:
+    for number, line, offset, size in bad[:1000]:
+        file, root = files[number]
+        try:
+            _check(_value(file.read(offset, size)), file.source, line, root, check_files)
+        except UserError:
+            continue
+        return False
+    return True
+
+
+def _value(data: bytes) -> object:
+    try:
+        return rowfiles.parse(data)
+    except ValueError as error:
+        raise UserError(f"not valid JSON ({error}); expected one row a line") from error
 
 
 def read_rows(path: str | os.PathLike) -> Iterator[tuple[str, int, object]]:
-    """(source, line, value) of each row; value is a ValueError for a line that is not JSON.
+    """(source, line, value) of each row; value is a ValueError for a row that is not JSON.
 
-    A file that starts with "[" is one JSON list (source gets a "[]", line is the index from 0), any other is
-    JSON Lines (line from 1). A byte order mark, CRLF and blank lines are tolerated.
+    The source of a JSON list gets a "[]", its lines count from 0 (JSON Lines: from 1). A byte order mark,
+    CRLF and blank lines are tolerated.
     """
-    name = str(path)
-    try:
-        file = open(path, "rb")  # noqa: SIM115 - closed below
-    except OSError as error:
-        raise UserError(f"{name}: {error.strerror or error}; expected a JSON or JSON Lines file") from error
-    with file:
-        head = file.read(64)
-        if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            raise UserError(f"{name}: UTF-16; expected UTF-8, save it again as UTF-8")
-        file.seek(len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0)
-        if head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+    for file in rowfiles.find(path):
+        for line, _, _, data in file.scan():
             try:
-                rows = _parse(file.read())
+                value = rowfiles.parse(data)
             except ValueError as error:
-                raise UserError(f"{name}: not valid JSON ({error})") from error
-            for index, value in enumerate(rows):
-                yield f"{name}[]", index, value
-            return
-        for line, raw in enumerate(file, 1):
-            if raw.strip():
-                try:
-                    value = _parse(raw)
-                except ValueError as error:
-                    value = ValueError(f"not valid JSON ({error}); expected one row a line")
-                yield name, line, value
-
-
-def _parse(raw: bytes) -> object:
-    """JSON; NaN and Infinity, which are not JSON, become null. Raises ValueError only."""
-    try:
-        return json.loads(raw.decode("utf-8"), parse_constant=lambda _: None)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
+                value = error
+            yield file.source, line, value
 
 
 def _check(value: object, source: str, line: int, root: str, check_files: bool) -> Row:
@@ -230,18 +321,31 @@ def _check(value: object, source: str, line: int, root: str, check_files: bool) 
     identity = f"row-{line}" if identity is None else identity
     if isinstance(identity, bool) or not isinstance(identity, str | int) or identity == "":
         raise UserError(f"id {identity!r:.60}: expected text or a whole number")
-    images = _names(value, ("image", "images"))
+    images, blobs = _images(value)
     videos = _names(value, ("video", "videos"))
     if images and videos:
         raise UserError("both image and video; expected one of them")
     turns = _check_turns(value.get("conversations"))
-    row = Row(str(identity), images, videos, turns, source, line, root)
+    row = Row(str(identity), images, videos, turns, source, line, root, blobs)
     _check_slots(row)
-    for name in images + videos:
+    for name in () if blobs else images + videos:
         path = resolve_inside(root, name, must_exist=check_files)
         if check_files and images and not path.is_file():
             raise UserError(f"image {name!r}: not a file")
     return row
+
+
+def _images(value: Mapping) -> tuple[tuple[str, ...], tuple[bytes, ...]]:
+    """(paths, ()), or (hashes, contents) of images given as {"bytes": base64}."""
+    found = value.get("image", value.get("images"))
+    found = found if isinstance(found, list) else [found]
+    if not all(isinstance(one, Mapping) for one in found) or not found:
+        return _names(value, ("image", "images")), ()
+    try:
+        blobs = tuple(base64.b64decode(one["bytes"], validate=True) for one in found)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError('image: expected a path, or {"bytes": the file in base64}') from error
+    return tuple(f"sha256:{hashlib.sha256(blob).hexdigest()}" for blob in blobs), blobs
 
 
 def _names(value: Mapping, keys: tuple[str, ...]) -> tuple[str, ...]:

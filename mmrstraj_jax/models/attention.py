@@ -5,6 +5,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 
+def uses_cudnn(dtype: jnp.dtype) -> bool:
+    """Whether `attention` on arrays of this dtype is cuDNN's fused one. It takes no segment ids here: JAX's
+    public interface would turn them into a dense [L, L] bias."""
+    return jax.default_backend() == "gpu" and dtype in (jnp.bfloat16, jnp.float16)
+
+
 def attention(
     q: Float[Array, "B Lq Hq D"],
     k: Float[Array, "B Lk Hkv D"],
@@ -20,12 +26,13 @@ def attention(
         q, k, v: queries, keys and values, heads on axis 2.
         is_causal: query i sees keys 0..i. Right padding then needs no mask: no valid query sees it.
         kv_lengths: valid keys per row (decoding from a cache).
-        segment_ids: packed rows: a token sees its own segment only (needs Lq = Lk).
+        segment_ids: packed rows: a token sees its own segment only (needs Lq = Lk; not where `uses_cudnn`).
     """
+    cudnn = uses_cudnn(q.dtype)
     mask: Bool[Array, "B 1 Lq Lk"] | None = None
     if segment_ids is not None:
+        assert not cudnn, "packed rows need XLA attention"
         mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
-    on_gpu = jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16)
     return jax.nn.dot_product_attention(
         q,
         k,
@@ -34,7 +41,7 @@ def attention(
         is_causal=is_causal,
         key_value_seq_lengths=kv_lengths,
         query_seq_lengths=None if kv_lengths is None else jnp.full_like(kv_lengths, q.shape[1]),
-        implementation="cudnn" if on_gpu else "xla",
+        implementation="cudnn" if cudnn else "xla",
     )
 
 

@@ -29,6 +29,8 @@ class Inputs(NamedTuple):
     canvas_index: Int[Array, "B Y X"] | None = None
     canvas_scale: Float[Array, "B 2"] | None = None
     sample_index: Int[Array, " B"] | None = None  # global sample number, for the dropout key
+    segment_ids: Int[Array, "B L"] | None = None  # packed rows: which sample a token belongs to, 0: padding
+    positions: Int[Array, "B L"] | None = None  # packed rows: restarts from 0 in each segment
 
 
 class MMRSTraj(nnx.Module):
@@ -82,7 +84,14 @@ class MMRSTraj(nnx.Module):
         keys = None
         if key is not None:  # another stream than the tower's
             keys = jax.vmap(lambda row: jax.random.fold_in(row, 2**31 - 1))(self._row_keys(inputs, key))
-        return self.language_model(x, keys, remat=remat, unroll=unroll)
+        return self.language_model(
+            x,
+            keys,
+            segment_ids=inputs.segment_ids,
+            positions=inputs.positions,
+            remat=remat,
+            unroll=unroll,
+        )
 
     def logits(self, hidden: Float[Array, "*N H"]) -> Float[Array, "*N W"]:
         """float32 logits of chosen hidden states."""

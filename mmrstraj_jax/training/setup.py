@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mmrstraj_jax.config import Config, recipe_line
 from mmrstraj_jax.data import records
 from mmrstraj_jax.data.collate import Sizes
 from mmrstraj_jax.data.index import Index, build_index
-from mmrstraj_jax.data.loader import Loader, Schedule
+from mmrstraj_jax.data.loader import Loader
+from mmrstraj_jax.data.schedule import Schedule
 from mmrstraj_jax.data.tokenizer import Tokenizer
 from mmrstraj_jax.errors import UserError
+from mmrstraj_jax.models.attention import uses_cudnn
 from mmrstraj_jax.synthcity import sample
 from mmrstraj_jax.training.run import Start
 from mmrstraj_jax.training.step import Batch
@@ -54,7 +57,7 @@ def sources(config: Config) -> Sources:
         )
     for option, spec in (("--data", config.data), ("--eval-data", config.eval_data)):
         for path, _ in records.parse_mixture(spec) if spec is not None else ():
-            if not Path(path).is_file():
+            if not Path(path).exists():
                 raise UserError(f"{option} {path}: no such file")
     if config.image_root is not None and not Path(config.image_root).is_dir():
         raise UserError(f"--image-root {config.image_root}: no such folder")
@@ -100,16 +103,29 @@ def load_data(config: Config, found: Sources, start: Start, cache_dir: Path, say
             f"{start.tokenizer_dir}: the tokenizer has ids up to {tokenizer.max_text_id()}, "
             f"the model {vocab_size} rows"
         )
+    if config.packing and uses_cudnn(jnp.dtype(config.dtype)):
+        raise UserError(
+            "packing: cuDNN's attention, used for bfloat16 on a GPU, takes no segment ids; drop --packing "
+            "or add --dtype float32 (XLA attention: its memory grows with max_length squared)"
+        )
     data, eval_data = found.files()
+    cache_dir = cache_dir if config.loader.cache_dir is None else Path(config.loader.cache_dir)
 
     def loader(spec: str, name: str, limit: int | None) -> Loader:
-        read = records.load(spec, config.image_root)
+        read = records.load(spec, config.image_root, on_bad=config.on_bad, cache_dir=cache_dir)
         if limit is not None and len(read.rows) > limit:
-            rows = [read.rows[at] for at in np.linspace(0, len(read.rows) - 1, limit, dtype=int)]
+            rows = read.rows.take(np.linspace(0, len(read.rows) - 1, limit, dtype=int))
             whole = records.Source(spec, None, 0, limit)
             read = dataclasses.replace(read, rows=rows, sources=[whole])
         index = build_index(
-            read, tokenizer, start.anyres, Sizes.of(config), mask=config.label_mask, cache_dir=cache_dir
+            read,
+            tokenizer,
+            start.anyres,
+            Sizes.of(config),
+            mask=config.label_mask,
+            image_policy=config.images,
+            on_bad=config.on_bad,
+            cache_dir=cache_dir,
         )
         say(f"{name}: {index.report()}")
         for problem in index.problems[:20]:
@@ -127,9 +143,21 @@ def load_data(config: Config, found: Sources, start: Start, cache_dir: Path, say
 
 def _loader(config: Config, index: Index, tokenizer: Tokenizer, start: Start, held_out: bool) -> Loader:
     rows = global_micro_batch(config) if held_out else config.batch_size
-    buckets = {"max_buckets": MAX_EVAL_BUCKETS} if held_out else {}
-    schedule = Schedule(index, Sizes.of(config), rows, config.seed, **buckets)
-    return Loader(index, schedule, tokenizer, start.anyres, mask=config.label_mask)
+    kind = {"max_buckets": MAX_EVAL_BUCKETS} if held_out else {"packing": config.packing}
+    schedule = Schedule(index, Sizes.of(config), rows, config.seed, **kind)
+    # Evaluation starts its stream anew each time: worker processes would cost seconds each time
+    how = dataclasses.replace(config.loader, workers=0) if held_out else config.loader
+    return Loader(
+        index,
+        schedule,
+        tokenizer,
+        start.anyres,
+        config.label_mask,
+        config.images,
+        how,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
 
 
 def _types(eval_data: str) -> dict[tuple[str, int], str]:
