@@ -281,6 +281,14 @@ def reasoning(t: Truth, s: Stream) -> Iterator[Question]:
                 "parking",
                 {"cars": t.parking[0], "stalls": t.parking[1]},
             )
+    homes = [t.count(kind) for kind in ("house", "apartment")]
+    living = sum(c.sure for c in homes)
+    if living >= 2 or not any(c.visible for c in homes):
+        text = s.choice(("Do people live in this area?", "Is this a place where people live?"))
+        yield Question("reasoning", text, "yes" if living else "no", "living", {"homes": living})
+    if t.scene in ("harbor", "river"):
+        answer = "yes" if t.scene == "harbor" else "no"
+        yield Question("reasoning", "Do ships moor here?", answer, "mooring", {"ships": t.count("ship").sure})
     tall = [i for i in t.items if i.kind in (*BUILDINGS, "tank", "tree") and i.status == "inside"]
     if len(tall) >= 2 and s.chance(0.4):
         yield Question("reasoning", "From which corner does the sunlight come?", t.sun, "sun", {})
