@@ -16,6 +16,18 @@ MAY_IMPORT = {
     "data": {"config", "models", "errors", "settings", "data"},
     "synthcity": {"errors", "synthcity"},
     "inference": {"config", "models", "errors", "data", "weights", "inference"},
+    "planning": {
+        "config",
+        "models",
+        "errors",
+        "settings",
+        "parallel",
+        "data",
+        "weights",
+        "training",
+        "synthcity",
+        "planning",
+    },
 }
 
 

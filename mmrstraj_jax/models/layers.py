@@ -109,6 +109,15 @@ class RMSNorm(nnx.Module):
         return y.astype(x.dtype) * self.weight[...].astype(x.dtype)
 
 
+def rematerialised(step: Callable, remat: str, *, prevent_cse: bool = True) -> Callable:
+    """The same function under a policy of REMAT_POLICIES; prevent_cse can be off inside a scan."""
+    if remat == "none":
+        return step
+    assert remat in REMAT_POLICIES, remat
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    return jax.checkpoint(step, prevent_cse=prevent_cse, policy=policy)
+
+
 def scan_layers(
     body: Callable[[nnx.Module, Any, Int[Array, ""]], tuple[Any, Any]],
     layers: nnx.Module,
@@ -139,11 +148,5 @@ def scan_layers(
         layer_params, index = scanned
         return body(nnx.merge(graphdef, layer_params), carry, index)
 
-    if remat == "block":
-        step = jax.checkpoint(step, prevent_cse=unroll)
-    elif remat == "dots":
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        step = jax.checkpoint(step, prevent_cse=unroll, policy=policy)
-    else:
-        assert remat == "none", remat
+    step = rematerialised(step, remat, prevent_cse=unroll)
     return lax.scan(step, carry, (params, jnp.arange(first, last)), unroll=(last - first) if unroll else 1)

@@ -1,0 +1,99 @@
+"""FLOPs of a row, forward and training, and the 4N count that MFU is quoted with.
+
+A multiply-add counts 2. Causal attention is halved. Logits are of supervised positions only. The language
+model is frozen: its backward pass is one more pass through its linears (dX; no dW) and two through its
+attention. The tower's is the same plus the adapters, whose own FLOPs (rank 8) are left out.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from mmrstraj_jax.config import ModelConfig, TextConfig, VisionConfig
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Parameters that a token passes through, by part."""
+
+    tower: int
+    projector: int
+    decoder: int  # the layers, without embeddings and head
+    head: int
+
+
+def tower_layer(vision: VisionConfig) -> int:
+    """Weights of one encoder layer's linears (biases and norms are no matrix products)."""
+    return 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size
+
+
+def decoder_layer(text: TextConfig) -> int:
+    """Weights of one decoder layer's linears."""
+    queries, keys = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
+    return text.hidden_size * (2 * queries + 2 * keys + 3 * text.intermediate_size)
+
+
+def parameters(model: ModelConfig) -> Parameters:
+    """Matrix parameters of each part; the patch embedding counts as the tower's."""
+    vision, text = model.vision, model.text
+    patch = 3 * vision.patch_size**2 * vision.hidden_size
+    return Parameters(
+        tower=vision.num_layers_run * tower_layer(vision) + patch,
+        projector=text.hidden_size * (vision.output_size + text.hidden_size),
+        decoder=text.num_hidden_layers * decoder_layer(text),
+        head=text.hidden_size * text.vocab_size,
+    )
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of one row: `linear` and `attention` of a forward pass, per part."""
+
+    tower_linear: float
+    tower_attention: float
+    projector: float
+    decoder_linear: float
+    decoder_attention: float
+    head: float
+
+    @property
+    def forward(self) -> float:
+        return sum(vars(self).values())
+
+    def training(self, remat: str) -> float:
+        """Forward and backward; "block" computes every layer once more, "dots" its attention scores only."""
+        linear = self.tower_linear + self.projector + self.decoder_linear
+        attention = self.tower_attention + self.decoder_attention
+        total = 2 * linear + 3 * attention + 3 * self.head  # chunks of logits are computed twice
+        if remat == "block":
+            total += linear - self.projector + attention
+        return total + (attention if remat == "dots" else 0)
+
+
+def of_row(model: ModelConfig, views: int, length: int, supervised: int) -> Flops:
+    """FLOPs of one row of this many views, tokens and supervised positions (padded or real)."""
+    vision, text, counts = model.vision, model.text, parameters(model)
+    patches = views * vision.num_patches
+    width = text.num_attention_heads * text.head_dim
+    return Flops(
+        tower_linear=2.0 * counts.tower * patches,
+        tower_attention=4.0 * vision.num_layers_run * patches * vision.num_patches * vision.hidden_size,
+        projector=2.0 * counts.projector * patches,
+        decoder_linear=2.0 * counts.decoder * length,
+        decoder_attention=2.0 * text.num_hidden_layers * length**2 * width,
+        head=2.0 * counts.head * supervised,
+    )
+
+
+def four_n(model: ModelConfig, shapes: Int[np.ndarray, "rows 5"]) -> Float[np.ndarray, " rows"]:
+    """The 4N count of each row: 4 x parameters x what passes through them, forward and dX once each.
+
+    4 (N_tower + N_projector) x patches + 4 N_decoder x tokens + 4 N_head x supervised tokens: real ones,
+    without padding, attention and recomputation. columns of shapes: data.collate.Shape.
+    """
+    counts = parameters(model)
+    views, length, supervised = (shapes[:, at].astype(np.float64) for at in range(3))
+    patches = views * model.vision.num_patches
+    visual = (counts.tower + counts.projector) * patches
+    return 4 * (visual + counts.decoder * length + counts.head * supervised)

@@ -1,0 +1,287 @@
+"""Memory of one training step on one device, buffer by buffer, from shapes alone.
+
+What the backward pass keeps is not retyped here: the model's own blocks are traced under jax.vjp, and what
+their backward functions hold on to is counted. So a change of the model changes the plan.
+Legend: N views, T patches, B rows, L tokens, K supervised positions, H hidden, W vocabulary.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mmrstraj_jax import parallel
+from mmrstraj_jax.config import Config, ModelConfig
+from mmrstraj_jax.data.collate import Shape
+from mmrstraj_jax.models.attention import attention
+from mmrstraj_jax.models.layers import Trainable, rematerialised
+from mmrstraj_jax.models.token_reduction import merge_with_text, visual_pool
+from mmrstraj_jax.planning.program import abstract_batch, abstract_model
+from mmrstraj_jax.training.loss import chunk_positions
+from mmrstraj_jax.training.state import merge
+
+# Alive at once in the backward pass of a chunk of logits: the logits, their exponentials, their gradient.
+LOGIT_COPIES = 3
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Buffers that are alive together at one moment of the step, in bytes."""
+
+    name: str
+    buffers: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.buffers.values())
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device. `resident` lives through the whole step, phases come one after the other."""
+
+    resident: dict[str, int]
+    phases: list[Phase] = field(default_factory=list)
+
+    @property
+    def peak_phase(self) -> Phase:
+        return max(self.phases, key=lambda phase: phase.total)
+
+    @property
+    def peak(self) -> int:
+        return sum(self.resident.values()) + self.peak_phase.total
+
+    @property
+    def buffers(self) -> dict[str, int]:
+        """Everything that is alive at the peak."""
+        return self.resident | self.peak_phase.buffers
+
+
+def estimate(
+    config: Config,
+    model: ModelConfig,
+    shape: Shape,
+    *,
+    rows: int | None = None,
+    fsdp: int = 1,
+    fused_attention: bool = True,
+) -> Memory:
+    """Memory of one device that trains on this bucket.
+
+    Args:
+        config: dtype, remat, adapters, batch sizes.
+        model: sizes.
+        shape: the bucket.
+        rows: of one micro-batch on this device; None: config.micro_batch_size.
+        fsdp: devices that share one copy of the weights.
+        fused_attention: True as with cuDNN on a GPU, False as on the CPU, where scores are materialised.
+    """
+    rows = config.micro_batch_size if rows is None else rows
+    found = abstract_model(config, model)
+    batch = abstract_batch(shape, config, model, rows)
+    trainable = _sharded_bytes(found.trainable, fsdp)
+    resident = {
+        "frozen weights": _sharded_bytes(found.frozen, fsdp),
+        "trainables": trainable,
+        "Adam moments": 2 * trainable,
+        "batch": _bytes(batch),
+        # the sum over micro-batches, and the gradient being added to it
+        "gradients": 2 * trainable,
+    }
+    if fsdp > 1:
+        # one layer in use and the next on its way; the head whole, as the embedding's rows are looked up
+        resident["gathered weights"] = 2 * _largest_layer(found.frozen) + _head(found.frozen)
+    return Memory(resident, _phases(config, model, shape, rows, fused_attention))
+
+
+@functools.cache  # fsdp changes none of it
+def _phases(config: Config, model: ModelConfig, shape: Shape, rows: int, fused: bool) -> list[Phase]:
+    found = abstract_model(config, model)
+    batch = abstract_batch(shape, config, model, rows)
+    batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), batch)
+    whole = merge(found.graphdef, found.trainable, found.frozen)
+    dtype, inputs = jnp.dtype(config.dtype), batch["inputs"]
+    rows, views = inputs.views.shape[:2]
+    vision, text = model.vision, model.text
+    length, count = inputs.input_ids.shape[1], rows * views
+    view = jax.ShapeDtypeStruct((count, vision.num_patches, vision.hidden_size), dtype)
+    token = jax.ShapeDtypeStruct((rows, length, text.hidden_size), dtype)
+    layers = {"tower": vision.num_layers_run, "decoder": text.num_hidden_layers}
+
+    dropout = config.lora.dropout > 0
+    keys = {
+        n: jax.ShapeDtypeStruct((n,), jax.random.key(0).dtype) if dropout else None for n in (count, rows)
+    }
+
+    def encoder(layer, x, keys):
+        return layer(x, keys)
+
+    def decoder(layer, x, rope, keys):
+        return layer(x, lambda q, k, v: attention(q, k, v, is_causal=True), rope, keys)
+
+    half = jax.ShapeDtypeStruct((rows, length, 1, text.head_dim // 2), dtype)
+    blocks = {
+        "tower": (encoder, whole.vision_tower.layers, (view, keys[count]), vision.num_attention_heads),
+        "decoder": (
+            decoder,
+            whole.language_model.layers,
+            (token, (half, half), keys[rows]),
+            text.num_attention_heads,
+        ),
+    }
+    saved, live = {}, {}
+    for name, (apply, stacked, args, heads) in blocks.items():
+        block = _Block(apply, stacked, args, heads if fused else 0)
+        saved[name] = layers[name] * block.kept(config.remat)
+        live[name] = block.workspace(config.remat)
+
+    joined = _joining(whole, batch, dtype, keys[count])
+    head = rows * chunk_positions(rows, batch["positions"].shape[1], text.vocab_size) * text.vocab_size * 4
+    hidden = _bytes(token)
+    vision_saved = {"saved by the tower": saved["tower"], "saved by projector and merge": joined}
+    pixels = 4 * math.prod(inputs.views.shape)
+    return [
+        Phase(
+            "head and loss",
+            vision_saved
+            | {"saved by the decoder": saved["decoder"], "hidden states": 2 * hidden}
+            | {"logits chunk": LOGIT_COPIES * head},
+        ),
+        Phase(
+            "decoder backward",
+            vision_saved
+            | {"saved by the decoder": saved["decoder"], "hidden states": 2 * hidden}
+            | {"one decoder layer": live["decoder"]},
+        ),
+        Phase(
+            "tower backward",
+            vision_saved | {"pixels as numbers": pixels, "one tower layer": live["tower"]},
+        ),
+    ]
+
+
+class _Block:
+    """One layer of a stack, traced: what its backward pass keeps under a remat policy, and works with."""
+
+    def __init__(self, apply: Callable, stacked: nnx.Module, args: tuple, fused_heads: int):
+        self._graphdef, *trees = nnx.split(stacked, Trainable, ...)
+        self._params = [jax.tree.map(_first, tree) for tree in trees]  # [trainable, frozen]
+        self._apply, self._args, self._fused_heads = apply, args, fused_heads
+
+    def kept(self, remat: str) -> int:
+        """Bytes that one layer keeps from its forward pass to its backward pass."""
+        return self._count(self._residuals(remat))
+
+    def workspace(self, remat: str) -> int:
+        """Bytes that one layer needs while its backward pass runs, beside what it kept."""
+        again = 0 if remat == "none" else self._count(self._residuals("none"))
+        return again + 2 * _bytes(self._args[0])  # the gradient coming in and the one going out
+
+    def _count(self, residuals: list[jax.ShapeDtypeStruct]) -> int:
+        return sum(map(_bytes, self._reduce(residuals)))
+
+    def _reduce(self, residuals: list) -> list:
+        """The same with fused attention: no scores; its output and a float32 log-sum a query instead."""
+        if not self._fused_heads:
+            return residuals
+        rows, length = self._args[0].shape[:2]
+        kept = [leaf for leaf in residuals if not (leaf.ndim == 5 and length in leaf.shape[-2:-1])]
+        if len(kept) < len(residuals):
+            width = self._heads_width()
+            kept.append(jax.ShapeDtypeStruct((rows, length, width), self._args[0].dtype))
+            kept.append(jax.ShapeDtypeStruct((rows, length, self._fused_heads), jnp.float32))
+        return kept
+
+    def _heads_width(self) -> int:
+        return dict(nnx.to_flat_state(self._params[1]))["self_attn", "q_proj", "weight"].shape[0]
+
+    def _residuals(self, remat: str) -> list[jax.ShapeDtypeStruct]:
+        def apply(trainable, x, frozen, rest):
+            return self._apply(nnx.merge(self._graphdef, trainable, frozen), x, *rest)
+
+        trainable, frozen = self._params
+        x, *rest = self._args
+        return residuals(rematerialised(apply, remat), (trainable, x), (frozen, tuple(rest)), keep_varied=1)
+
+
+def residuals(function: Callable, varied: tuple, fixed: tuple, *, keep_varied: int) -> list:
+    """What jax.vjp keeps of function(*varied, *fixed), as shapes; nothing is computed.
+
+    Args:
+        varied: arguments that are differentiated.
+        fixed: arguments that are not.
+        keep_varied: which of `varied` is counted where it is kept; the others, and `fixed`, are parameters,
+            which are in memory anyway.
+    """
+    found: list[jax.ShapeDtypeStruct] = []
+
+    def run(varied, fixed):
+        parameters = (*varied[:keep_varied], *varied[keep_varied + 1 :], *fixed)
+        given = {id(leaf) for leaf in jax.tree.leaves(parameters)}
+        result, backward = jax.vjp(lambda *args: function(*args, *fixed), *varied)
+        leaves = [leaf for leaf in jax.tree.leaves(backward) if id(leaf) not in given]
+        found.extend(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
+        return result
+
+    jax.eval_shape(run, varied, fixed)
+    return found
+
+
+def _joining(whole: nnx.Module, batch: Any, dtype: jnp.dtype, keys: Any) -> int:
+    """Bytes kept between tower and decoder: projector, reduction, merge."""
+    inputs = batch["inputs"]
+    rows, views = inputs.views.shape[:2]
+    config = whole.vision_tower.config
+    features = jax.ShapeDtypeStruct((rows * views, config.num_patches, config.output_size), dtype)
+    text = jax.ShapeDtypeStruct((*inputs.input_ids.shape, whole.language_model.config.hidden_size), dtype)
+    newline = jax.ShapeDtypeStruct(text.shape[-1:], dtype)
+    graphdef, *params = nnx.split(whole.multi_modal_projector, Trainable, ...)
+
+    def join(trainable, features, frozen, newline, text, inputs, keys):
+        projected = nnx.merge(graphdef, trainable, frozen)(features, keys)
+        tokens = projected.reshape(rows, views, -1, text.shape[-1])
+        pool = visual_pool(tokens, newline, inputs.view_scale, inputs.canvas_index, inputs.canvas_scale)
+        return merge_with_text(text, pool, inputs.visual_index)
+
+    kept = residuals(join, (params[0], features), (params[1], newline, text, inputs, keys), keep_varied=1)
+    return sum(map(_bytes, kept))
+
+
+def _first(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """One layer's slice of a stacked leaf."""
+    return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+
+
+def _itemsize(dtype: Any) -> int:
+    return 8 if jnp.issubdtype(dtype, jax.dtypes.prng_key) else jnp.dtype(dtype).itemsize
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * _itemsize(leaf.dtype) for leaf in jax.tree.leaves(tree))
+
+
+def _largest_layer(frozen: dict[str, jax.ShapeDtypeStruct]) -> int:
+    stacks: dict[str, int] = {}
+    for name, leaf in frozen.items():
+        stack, found, _ = name.partition(".layers.")
+        if found:
+            stacks[stack] = stacks.get(stack, 0) + _bytes(leaf) // leaf.shape[0]
+    return max(stacks.values())
+
+
+def _head(frozen: dict[str, jax.ShapeDtypeStruct]) -> int:
+    return max(
+        _bytes(leaf)
+        for name, leaf in frozen.items()
+        if name.endswith(("embed_tokens.weight", "lm_head.weight"))
+    )
+
+
+def _sharded_bytes(tree: dict[str, jax.ShapeDtypeStruct], fsdp: int) -> int:
+    split = {name: any(parallel.partition_spec(name, leaf.shape, fsdp)) for name, leaf in tree.items()}
+    return sum(_bytes(leaf) // (fsdp if split[name] else 1) for name, leaf in tree.items())
