@@ -19,7 +19,7 @@ from PIL import Image
 
 from mmrstraj_jax.errors import UserError
 from mmrstraj_jax.synthcity.city import City
-from mmrstraj_jax.synthcity.geo import TILE, metres_a_pixel, to_lonlat, to_pixel
+from mmrstraj_jax.synthcity.geo import TILE, center_pixel, metres_a_pixel, to_lonlat, to_pixel
 from mmrstraj_jax.synthcity.palette import Look, make_look
 from mmrstraj_jax.synthcity.rand import Stream
 from mmrstraj_jax.synthcity.render import render
@@ -39,21 +39,15 @@ def tile(city: City, z: int, x: int, y: int, look: Look, hour: int = HOUR) -> UI
     if z not in ZOOMS:
         raise UserError(f"synthcity tile {z}/{x}/{y}: expected a zoom of {ZOOMS[0]} to {ZOOMS[-1]}")
     gsd = metres_a_pixel(city, z)
-    column, row = _origin(city, z)
+    column, row = center_pixel(city, z)
     middle_x, middle_y = (x + 0.5) * TILE - column, row - (y + 0.5) * TILE
     window = Window(city, middle_x * gsd, middle_y * gsd, (TILE, TILE), gsd, hour)
     return render(view(window), look, Stream(city.seed, 9, z, x, y)).image
 
 
-def _origin(city: City, z: int) -> tuple[int, int]:
-    """World pixel of the city's centre, rounded so that the city's pixel grid is the world's."""
-    column, row = to_pixel(city.lon, city.lat, z)
-    return round(column), round(row)
-
-
 def center_tile(city: City, z: int) -> tuple[int, int]:
     """x, y of the tile that holds the city's centre."""
-    column, row = _origin(city, z)
+    column, row = center_pixel(city, z)
     return column // TILE, row // TILE
 
 
