@@ -176,6 +176,17 @@ def _out(options: argparse.Namespace) -> Path:
     return Path("evaluation") / options.task / Path(options.weights or options.model).name
 
 
+def _place():
+    """This process among those of a SLURM step or Kubernetes Job, as predict.Place; they share --out."""
+    import os
+
+    from mmrstraj_jax.evaluation.predict import Place
+    from mmrstraj_jax.training.distributed import find_place
+
+    found = find_place((None, None, None), os.environ)
+    return Place() if found is None else Place(found.index, found.count)
+
+
 def main(args: list[str]) -> int:
     """The command. Raises UserError for whatever the user can put right."""
     if args and args[0] in STUDIES:
@@ -194,7 +205,13 @@ def main(args: list[str]) -> int:
         scores = pipeline.score_file(task, items, path, out, how, protocol, complete=not partial)
     else:
         model = pipeline.answerer(source(options), task, decode)
-        scores = pipeline.evaluate(task, items, out, model, how, protocol)
+        place = _place()
+        scores = pipeline.evaluate(task, items, out, model, how, protocol, place)
+        if scores is None:
+            print(
+                f"process {place.index} of {place.count} has answered its share; process 0 writes the scores"
+            )
+            return 0
     print(grids.plain_table(scores))
     print(f"{out / 'scores.json'}")
     return 0

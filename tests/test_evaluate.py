@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -86,6 +87,46 @@ def test_killed_ten_times_nothing_is_lost_or_doubled(tmp_path):
     before = path.read_bytes()
     predict.run(VQA, items, path, _killed_after(0), {"seed": 0}, {})  # finished: nobody is asked
     assert path.read_bytes() == before
+
+
+def test_processes_share_the_items_and_a_restart_may_have_another_number(tmp_path):
+    image = picture(tmp_path / "a.png")
+    items = [Item(str(i), (image,), "Is there a car?", "presence", ("Yes.",)) for i in range(30)]
+    path, asked = tmp_path / "out" / "predictions.jsonl", []
+
+    def counted(items):
+        for at, text, prompt in _answers(items):
+            asked.append(items[at].id)
+            yield at, text, prompt
+
+    def run(index, count, ask=counted):
+        return predict.run(VQA, items, path, ask, {"seed": 0}, {}, predict.Place(index, count))
+
+    with pytest.raises(Killed):
+        run(2, 3, _killed_after(4))
+    assert run(1, 3) is False and len(asked) == 10
+    with ThreadPoolExecutor(2) as pool:  # now two processes, the first of them waits for the second
+        first = pool.submit(run, 0, 2)
+        with pytest.raises(Killed):
+            run(1, 2, _killed_after(3))
+        second = pool.submit(run, 1, 2)
+        assert first.result() is True and second.result() is False
+    assert len(asked) == len(set(asked)) == 30 - 4 - 3
+    rows = jsonl.read(path)
+    assert [row["id"] for row in rows] == [item.id for item in items]  # joined in the items' order
+    assert all(row["prediction"] == f"answer to {row['id']}" for row in rows)
+    assert sorted(file.name for file in path.parent.iterdir()) == [
+        "predictions.jsonl",
+        "predictions.model.json",
+    ]
+
+
+def test_a_process_that_never_answers_is_named(tmp_path, monkeypatch):
+    image = picture(tmp_path / "a.png")
+    items = [Item(str(i), (image,), "q", "presence", ("Yes.",)) for i in range(4)]
+    monkeypatch.setattr(predict, "PATIENCE", 0.1)
+    with pytest.raises(UserError, match="2 items have no answer yet from process 1 in 0 s; run the same"):
+        predict.run(VQA, items, tmp_path / "p.jsonl", _answers, {}, {}, predict.Place(0, 2))
 
 
 def test_a_file_has_one_author(tmp_path):

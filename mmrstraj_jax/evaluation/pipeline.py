@@ -60,11 +60,21 @@ def answerer(source: Source, task: Task, decode: DecodeOptions) -> Answerer:
 
 
 def evaluate(
-    task: Task, items: Sequence[Item], out: Path, model: Answerer, scoring: Scoring, protocol: dict[str, Any]
-) -> dict[str, Any]:
-    """Answers every item (going on where out/predictions.jsonl ends), scores them; what scores.json holds."""
+    task: Task,
+    items: Sequence[Item],
+    out: Path,
+    model: Answerer,
+    scoring: Scoring,
+    protocol: dict[str, Any],
+    place: predict.Place = predict.Place(),
+) -> dict[str, Any] | None:
+    """Answers every item (going on where out/predictions.jsonl ends), scores them; what scores.json holds.
+
+    None in a process that is not the first: process 0 scores what all have answered.
+    """
     path = out / "predictions.jsonl"
-    predict.run(task, items, path, model.ask, model.decode, model.source)
+    if not predict.run(task, items, path, model.ask, model.decode, model.source, place):
+        return None
     protocol = protocol | {"source": model.source, "decode": model.decode}
     return score_file(task, items, path, out, scoring, protocol, complete=True)
 

@@ -6,10 +6,11 @@ import io
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mmrstraj_jax import jsonl
 from mmrstraj_jax.errors import UserError
@@ -17,6 +18,7 @@ from mmrstraj_jax.evaluation.readers import Item, require_images
 from mmrstraj_jax.evaluation.tasks import Task
 
 KEYS = ("id", "image", "question", "type", "prediction", "references", "prompt", "decode")
+PATIENCE = 1800.0  # seconds that process 0 waits for another process's next answer
 # asked for these items, the model yields (place in the list, answer, the whole prompt as the model saw it)
 Ask = Callable[[Sequence[Item]], Iterator[tuple[int, str, str]]]
 
@@ -61,50 +63,116 @@ def check_complete(items: Sequence[Item], rows: dict[str, Any], path: Path) -> N
             raise UserError(f"{path}: {text} {len(extra)} of {len(ids)} ids, such as {names}")
 
 
+class Place(NamedTuple):
+    """This process among those that share the work: it answers items index, index + count, ..."""
+
+    index: int = 0
+    count: int = 1
+
+
 def run(
-    task: Task, items: Sequence[Item], path: Path, ask: Ask, decode: dict[str, Any], source: dict[str, Any]
-) -> None:
-    """Asks for every item that the file does not have yet, and appends each answer as it comes.
+    task: Task,
+    items: Sequence[Item],
+    path: Path,
+    ask: Ask,
+    decode: dict[str, Any],
+    source: dict[str, Any],
+    place: Place = Place(),
+) -> bool:
+    """Asks for every item that has no answer yet, and appends each answer as it comes; True: path is complete.
 
     `source` says which model answers; it is kept beside the file, so that a resumed file has one author.
+    Several processes write a part file each, on a disk they share; no one waits for another but process 0 at
+    the end, which joins the parts into `path`. The others return False. Parts that a killed call left, of
+    whatever number of processes, count as answered.
     Raises UserError: the file holds another model's answers, answers to another prompt or of other decode
-    settings, or other items.
+    settings, or other items; items that are still open at the end.
     """
-    with jsonl.writer(path) as file:
-        source = {"task": task.name, "ask": task.ask} | source
-        author = path.with_suffix(".model.json")
-        if not path.stat().st_size:
-            author.write_text(json.dumps(source, indent=1) + "\n", encoding="utf-8")
-        elif not author.is_file() or json.loads(author.read_text(encoding="utf-8")) != source:
-            raise UserError(
-                f"{path}: holds answers of another model or prompt ({author.name}); name another --out"
-            )
-        rows = load(path) if path.stat().st_size else {}
-        wanted = {item.id: item for item in items}
+    own = path if place.count == 1 else _part(path, *place)
+    with jsonl.writer(own) as file:
+        _check_author(path, {"task": task.name, "ask": task.ask} | source)
+        rows, ids = _answered(path), {item.id for item in items}
         for name, row in rows.items():
-            if name not in wanted:
+            if name not in ids:
                 raise UserError(f"{path}: holds {name}, which is no item of this run; name another --out")
             if row.get("decode") != decode:
                 raise UserError(
                     f"{path}: {name} was decoded otherwise ({row.get('decode')}); name another --out"
                 )
-        open_items = [item for item in items if item.id not in rows]
+        mine = list(items)[place.index :: place.count]
+        open_items = [item for item in mine if item.id not in rows]
         require_images(open_items)
         if rows:
             print(f"{path}: goes on after {len(rows)} of {len(items)} answers", file=sys.stderr)
         from tqdm import tqdm
 
-        with tqdm(total=len(items), initial=len(rows), unit="answer", mininterval=1.0) as bar:
-            for place, text, prompt in ask(open_items):
-                item = open_items[place]
+        with tqdm(
+            total=len(mine), initial=len(mine) - len(open_items), unit="answer", mininterval=1.0
+        ) as bar:
+            for at, text, prompt in ask(open_items):
+                item = open_items[at]
                 images = [str(p) for p in item.images]
                 values = (item.id, images[0] if len(images) == 1 else images, item.question, item.type, text)
                 row = dict(zip(KEYS, (*values, list(item.references), prompt, decode), strict=True))
                 jsonl.append(file, row)
                 bar.update()
-    left = wanted.keys() - load(path).keys()
-    if left:
-        raise UserError(f"{path}: {len(left)} items have no answer yet; run the same command again")
+    if place.index:
+        return False
+    return _join(items, path, place.count)
+
+
+def _part(path: Path, index: int, count: int) -> Path:
+    return path.with_name(f"{path.stem}.part-{index}-of-{count}{path.suffix}")
+
+
+def _parts(path: Path) -> list[Path]:
+    return sorted(path.parent.glob(f"{path.stem}.part-*{path.suffix}"))
+
+
+def _answered(path: Path) -> dict[str, dict[str, Any]]:
+    """Rows of the file and of all parts by id; one that is in both was joined already."""
+    rows: dict[str, dict[str, Any]] = {}
+    for found in (*_parts(path), path):
+        if found.is_file() and found.stat().st_size:
+            rows |= load(found)
+    return rows
+
+
+def _check_author(path: Path, source: dict[str, Any]) -> None:
+    """Raises UserError where answers are there already, of another model or to another prompt."""
+    author = path.with_suffix(".model.json")
+    if any(found.is_file() and found.stat().st_size for found in (path, *_parts(path))):
+        if not author.is_file() or json.loads(author.read_text(encoding="utf-8")) != source:
+            raise UserError(
+                f"{path}: holds answers of another model or prompt ({author.name}); name another --out"
+            )
+        return
+    temporary = author.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(source, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(author)
+
+
+def _join(items: Sequence[Item], path: Path, count: int) -> bool:
+    """Waits for the other processes' parts, then makes one file of all. Raises UserError: items left open."""
+    rows, quiet_since = _answered(path), time.monotonic()
+    while count > 1 and len(rows) < len(items) and time.monotonic() - quiet_since < PATIENCE:
+        time.sleep(1.0)
+        before, rows = len(rows), _answered(path)
+        if len(rows) > before:
+            quiet_since = time.monotonic()
+    open_numbers = [number for number, item in enumerate(items) if item.id not in rows]
+    if open_numbers:
+        waited = f" from process {open_numbers[0] % count} in {PATIENCE:.0f} s" if count > 1 else ""
+        raise UserError(
+            f"{path}: {len(open_numbers)} items have no answer yet{waited}; run the same command again"
+        )
+    if parts := _parts(path):
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(jsonl.dump(rows[item.id]) for item in items), encoding="utf-8")
+        temporary.replace(path)
+        for part in parts:
+            part.unlink()
+    return True
 
 
 def local(model: Any, task: Task, options: Any) -> Ask:

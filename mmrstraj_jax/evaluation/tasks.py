@@ -146,10 +146,27 @@ def _traffic_semantics(data: Path | None, images: Path | None) -> list[Item]:
     return readers.rsieval_captions(_need(data, "annotations.json of RSIEval or its folder"), images=images)
 
 
+def _bench(data: Path | None, images: Path | None) -> list[Item]:
+    """SynthTraffic-Bench's questions, id "<file>#<position>"; drawn and checked on first use."""
+    from mmrstraj_jax.synthcity.bench import ensure_bench
+
+    path = ensure_bench() if data is None else _need(data, "annotations.json of SynthTraffic-Bench")
+    path = path / "annotations.json" if path.is_dir() else path
+    items = []
+    for row in json.loads(path.read_text(encoding="utf-8"))["annotations"]:
+        image = (images or path.parent / "images") / row["filename"]
+        for n, pair in enumerate(row["qa_pairs"]):
+            meta = {"domain": row["domain"], "truth": pair["truth"]}
+            name, answer = f"{row['filename']}#{n}", (pair["answer"],)
+            items.append(Item(name, (image,), pair["question"], pair["type"], answer, meta))
+    return items
+
+
 TASKS = {
     task.name: task
     for task in (
         Task("synthcity", "SynthCity, held-out cities", _synthcity, _synthcity_train, "meaning"),
+        Task("synthtraffic-bench", "SynthTraffic-Bench", _bench, None, "meaning", max_new_tokens=16),
         Task(
             "traffic-semantics",
             "Traffic semantics",
