@@ -66,7 +66,7 @@ def evaluate(
     model: Answerer,
     scoring: Scoring,
     protocol: dict[str, Any],
-    place: predict.Place = predict.Place(),
+    place: predict.Place = predict.ALONE,
 ) -> dict[str, Any] | None:
     """Answers every item (going on where out/predictions.jsonl ends), scores them; what scores.json holds.
 

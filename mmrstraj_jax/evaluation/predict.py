@@ -70,6 +70,9 @@ class Place(NamedTuple):
     count: int = 1
 
 
+ALONE = Place()
+
+
 def run(
     task: Task,
     items: Sequence[Item],
@@ -77,9 +80,9 @@ def run(
     ask: Ask,
     decode: dict[str, Any],
     source: dict[str, Any],
-    place: Place = Place(),
+    place: Place = ALONE,
 ) -> bool:
-    """Asks for every item that has no answer yet, and appends each answer as it comes; True: path is complete.
+    """Asks for every item that has no answer yet, and appends each answer as it comes; True: all are there.
 
     `source` says which model answers; it is kept beside the file, so that a resumed file has one author.
     Several processes write a part file each, on a disk they share; no one waits for another but process 0 at
