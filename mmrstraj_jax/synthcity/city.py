@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from mmrstraj_jax.errors import UserError
-from mmrstraj_jax.synthcity.geometry import bezier, cut
+from mmrstraj_jax.synthcity.geometry import Point, cut
 from mmrstraj_jax.synthcity.rand import Stream
-
-Point = tuple[float, float]
+from mmrstraj_jax.synthcity.sites import airport_sites, interchange_sites, ramp
 
 STYLES = ("grid", "radial", "organic", "suburban")
 CELLS = 12  # cells a side; the outermost ring is margin
@@ -160,8 +159,12 @@ class _Builder:
         self.at = [self._positions(axis) for axis in (0, 1)]
         self.warp = self._warp()
         self.curves: dict = {}
-        self.airport = self._find_airport()
-        self.crossing = self._find_interchange()
+        wanted, wide, pick = stream.chance(0.5), stream.chance(0.5), stream.uniform()
+        ports = airport_sites(CELLS, wide, self.river, self.motorway)
+        self.airport = ports[int(pick * len(ports))] if wanted and ports else None
+        crossing = self.line_class[1 - self.motorway[0]] if self.motorway else []
+        sites = interchange_sites(CELLS, self.motorway, self.river, self.airport, crossing)
+        self.crossing = stream.choice(sites) if sites else None
         self.arms: dict[tuple[int, int], int] = {}  # (axis, direction) -> node where the ramps of an arm end
         self.nodes: list[list] = []
         self.roads: list[Road] = []
@@ -221,36 +224,6 @@ class _Builder:
             return (u * cos - v * sin, u * sin + v * cos)
 
         return warp
-
-    def _find_airport(self) -> tuple[int, int, int, int] | None:
-        """Lattice rectangle i0, j0, i1, j1 of an airport, clear of river and motorway, in some cities."""
-        s = self.stream
-        wanted, wide, pick = s.chance(0.5), s.chance(0.5), s.uniform()
-        across, along = (4, 2) if wide else (2, 4)
-        free = []
-        for i in range(1, CELLS - across):
-            for j in range(1, CELLS - along):
-                spans = ((i, i + across), (j, j + along))
-                dry = not self.river or not spans[self.river[0]][0] <= self.river[1] < spans[self.river[0]][1]
-                motor = self.motorway and spans[self.motorway[0]]
-                if dry and not (motor and motor[0] < self.motorway[1] < motor[1]):
-                    free.append((i, j, i + across, j + along))
-        return free[int(pick * len(free))] if wanted and free else None
-
-    def _find_interchange(self) -> tuple[int, int] | None:
-        """Lattice crossing (i, j) of the motorway with an arterial whose four cells are free for ramps."""
-        if not self.motorway:
-            return None
-        axis, line = self.motorway
-        free = []
-        for k in range(3, CELLS - 2):
-            i, j = (line, k) if axis == 0 else (k, line)
-            wet = bool(self.river) and self.river[0] != axis and self.river[1] in (k - 1, k)
-            a = self.airport
-            taken = a and a[0] - 1 <= i <= a[2] + 1 and a[1] - 1 <= j <= a[3] + 1
-            if self.line_class[1 - axis][k] == "arterial" and not wet and not taken:
-                free.append((i, j))
-        return self.stream.choice(free) if free else None
 
     def _curve(self, i0: float, j0: float, i1: float, j1: float) -> tuple[Point, ...]:
         """The warped straight line between two lattice points, in up to 5 points."""
@@ -352,31 +325,14 @@ class _Builder:
         if not self.crossing:
             return
         axis = self.motorway[0]
-        center = self.nodes[self.crossing[0] * (CELLS + 1) + self.crossing[1]][:2]
+        center = tuple(self.nodes[self.crossing[0] * (CELLS + 1) + self.crossing[1]][:2])
+        lane = ROAD_CLASSES["motorway"].width / 2 - 2.4
         for direction in (1, -1):
             for side in (1, -1):
                 merge, far = self.arms[axis, direction], self.arms[1 - axis, side]
-                mx, my = self.nodes[merge][:2]
-                fx, fy = self.nodes[far][:2]
-                ex, ey = mx - center[0], my - center[1]  # along the motorway, away from the crossing
-                fl, el = math.dist((fx, fy), center), math.hypot(ex, ey)
-                ox, oy = (fx - center[0]) / fl, (fy - center[1]) / fl  # along the arterial
-                lane = ROAD_CLASSES["motorway"].width / 2 - 2.4
-                start = (mx + ox * lane, my + oy * lane)
-                bend = bezier(
-                    start,
-                    (start[0] - ex * 0.45 + ox * 2, start[1] - ey * 0.45 + oy * 2),
-                    (fx + ex / el * 26.0, fy + ey / el * 26.0),
-                    (fx, fy),
-                    10,
-                )
-                points = ((mx, my), *bend)
-                # Right-hand traffic: the carriageway on this side drives with its right hand to the arterial
-                # arm, so it comes towards the crossing (an exit) or leaves it (an entry).
-                if ex * oy - ey * ox < 0:
-                    self._road("ramp", points[::-1], far, merge, False)
-                else:
-                    self._road("ramp", points, merge, far, False)
+                ends = tuple(self.nodes[merge][:2]), tuple(self.nodes[far][:2])
+                points, entry = ramp(center, *ends, lane)
+                self._road("ramp", points, *((far, merge) if entry else (merge, far)), False)
 
     def _road(self, cls, points, start, end, bridge) -> None:
         road = Road(len(self.roads), cls, points, start, end, bridge)
