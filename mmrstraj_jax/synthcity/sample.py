@@ -20,18 +20,18 @@ from PIL import Image
 
 from mmrstraj_jax.errors import UserError
 from mmrstraj_jax.synthcity import captions, traffic, vocabulary
-from mmrstraj_jax.synthcity.city import CELLS, City, make_city
+from mmrstraj_jax.synthcity.city import City, make_city
 from mmrstraj_jax.synthcity.labels import Labels, labels
 from mmrstraj_jax.synthcity.palette import make_look
 from mmrstraj_jax.synthcity.questions import GENERAL, Balancer, Question, drills
 from mmrstraj_jax.synthcity.rand import Stream
 from mmrstraj_jax.synthcity.render import render
 from mmrstraj_jax.synthcity.truth import Truth, truth_of
-from mmrstraj_jax.synthcity.window import View, Window, view
+from mmrstraj_jax.synthcity.window import View, Window, view, window_centers
 
 VERSION = "2"  # of everything that changes a pixel or a word; part of the cache's folder name
 # A split's number is part of every city's seed, so no two splits share a city.
-SPLITS = {"base": 1, "stage1": 2, "stage2": 3, "eval_base": 4, "eval_stage1": 5, "eval_stage2": 6}
+SPLITS = {"base": 1, "stage1": 2, "stage2": 3, "eval_base": 4, "eval_stage1": 5, "eval_stage2": 6, "bench": 7}
 KINDS = ("base", "general", "traffic", "eval_general", "eval_traffic")
 WINDOWS_PER_CITY = 12
 REHEARSAL = 0.3  # share of general images in traffic training data
@@ -112,7 +112,7 @@ def _window(city: City, s: Stream, shape: tuple[int, int], roads: bool) -> Windo
     """A window centred near a block or junction of a drawn kind that the city has, away from the city's
     edge."""
     gsd = s.uniform(*_GSD[shape])
-    edge = _inner(city)
+    edge = window_centers(city)
     weights = {k: w * (2.5 if roads and k in _ROAD_CENTERS else 1.0) for k, w in _CENTERS.items()}
     while True:
         kind = s.weighted(weights)
@@ -125,37 +125,6 @@ def _window(city: City, s: Stream, shape: tuple[int, int], roads: bool) -> Windo
     wide, high = shape[0] * gsd, shape[1] * gsd
     x, y = x + s.uniform(-0.36, 0.36) * wide, y + s.uniform(-0.36, 0.36) * high
     return Window(city, x, y, shape, gsd, s.choice(_HOURS))
-
-
-def _inner(city: City) -> dict[str, list[tuple[float, float]]]:
-    """Centres of blocks, junctions and roads by kind, where a window stays inside the built city."""
-    if "places" not in city.cache:
-        places: dict[str, list] = {}
-        side, outer = CELLS + 1, CELLS - 1
-        for block in city.blocks:
-            i0, j0, i1, j1 = block.cells
-            if min(i0, j0) > 0 and max(i1, j1) <= outer:
-                (ax, ay), (bx, by), (cx, cy), (dx, dy) = block.corners
-                for i in range(i1 - i0):  # one place for each cell of the lattice
-                    for j in range(j1 - j0):
-                        u, v = (i + 0.5) / (i1 - i0), (j + 0.5) / (j1 - j0)
-                        x = (ax * (1 - u) + bx * u) * (1 - v) + (dx * (1 - u) + cx * u) * v
-                        y = (ay * (1 - u) + by * u) * (1 - v) + (dy * (1 - u) + cy * u) * v
-                        places.setdefault(block.use, []).append((x, y))
-        for node in city.nodes[: side**2]:
-            i, j = divmod(node.id, side)
-            if 1 < i < outer and 1 < j < outer:
-                kind = "interchange" if node.id == city.interchange else node.kind
-                places.setdefault(kind, []).append((node.x, node.y))
-        inner = {i * side + j for i in range(2, outer) for j in range(2, outer)}
-        for node in city.nodes[side**2 :]:
-            if any(node.id == r.end and r.start in inner for r in city.roads):
-                places.setdefault(node.kind, []).append((node.x, node.y))
-        for road in city.roads:
-            if road.cls in ("motorway", "arterial") and road.start in inner and road.end in inner:
-                places.setdefault(road.cls, []).append(road.points[len(road.points) // 2])
-        city.cache["places"] = places
-    return city.cache["places"]
 
 
 def general_questions(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from mmrstraj_jax.synthcity import vehicles
 from mmrstraj_jax.synthcity.blocks import content
-from mmrstraj_jax.synthcity.city import Block, City, Node, Road
+from mmrstraj_jax.synthcity.city import CELLS, Block, City, Node, Road
 from mmrstraj_jax.synthcity.parts import Ground, Thing
 
 
@@ -72,3 +72,34 @@ def view(window: Window) -> View:
     m = NODE
     nodes = [n for n in city.nodes if x0 - m < n.x < x1 + m and y0 - m < n.y < y1 + m]
     return View(window, blocks, roads, nodes, grounds, things)
+
+
+def window_centers(city: City) -> dict[str, list[tuple[float, float]]]:
+    """Centres of blocks, junctions and roads by kind, where a window stays inside the built city."""
+    if "places" not in city.cache:
+        places: dict[str, list] = {}
+        side, outer = CELLS + 1, CELLS - 1
+        for block in city.blocks:
+            i0, j0, i1, j1 = block.cells
+            if min(i0, j0) > 0 and max(i1, j1) <= outer:
+                (ax, ay), (bx, by), (cx, cy), (dx, dy) = block.corners
+                for i in range(i1 - i0):  # one place for each cell of the lattice
+                    for j in range(j1 - j0):
+                        u, v = (i + 0.5) / (i1 - i0), (j + 0.5) / (j1 - j0)
+                        x = (ax * (1 - u) + bx * u) * (1 - v) + (dx * (1 - u) + cx * u) * v
+                        y = (ay * (1 - u) + by * u) * (1 - v) + (dy * (1 - u) + cy * u) * v
+                        places.setdefault(block.use, []).append((x, y))
+        for node in city.nodes[: side**2]:
+            i, j = divmod(node.id, side)
+            if 1 < i < outer and 1 < j < outer:
+                kind = "interchange" if node.id == city.interchange else node.kind
+                places.setdefault(kind, []).append((node.x, node.y))
+        inner = {i * side + j for i in range(2, outer) for j in range(2, outer)}
+        for node in city.nodes[side**2 :]:
+            if any(node.id == r.end and r.start in inner for r in city.roads):
+                places.setdefault(node.kind, []).append((node.x, node.y))
+        for road in city.roads:
+            if road.cls in ("motorway", "arterial") and road.start in inner and road.end in inner:
+                places.setdefault(road.cls, []).append(road.points[len(road.points) // 2])
+        city.cache["places"] = places
+    return city.cache["places"]
