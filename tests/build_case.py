@@ -68,7 +68,7 @@ def write_world(root: Path, trips: int = TRIPS) -> None:
 
 def config(root: Path, url: str, **traffic) -> Path:
     """A config file of the whole build."""
-    model = f'model = "m"\nbase_url = "{url}"\nbackoff = 0.001\ntimeout = 0.5\nprompt_price = 1.0\n'
+    model = f'model = "m"\nbase_url = "{url}"\nbackoff = 0.001\ntimeout = 30\nprompt_price = 1.0\n'
     model += "completion_price = 10.0\n"
     more = "".join(f"{name} = {json.dumps(value)}\n" for name, value in traffic.items())
     path = root / "city.toml"

@@ -46,7 +46,7 @@ class Model:
         self.behave = lambda body, attempt: None
         self.idempotent = True
         self.active = self.most_active = 0
-        self.delay = 0.0
+        self.delay, self.hang = 0.0, 5.0  # seconds before a reply, and that a hanging one takes
         self.lock = threading.Lock()
         self._answered: dict[str, tuple[str, str]] = {}
         model = self
@@ -81,7 +81,7 @@ class Model:
                 else:
                     data = model.completion(body, key, kind)
                     if kind == "hang":
-                        time.sleep(1.2)
+                        time.sleep(model.hang)
                         self.close_connection = True
                         return
                     self.respond(200, data, data[: len(data) // 2] if kind == "cut" else data)

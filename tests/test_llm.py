@@ -12,7 +12,8 @@ import pytest
 from llm_server import KEY, Model, answer, text_of
 
 from mmrstraj_jax import jsonl
-from mmrstraj_jax.construction.llm import Client, Outcome, Prices, once, plan
+from mmrstraj_jax.construction.calls import Outcome, Prices, once, plan
+from mmrstraj_jax.construction.llm import Client
 from mmrstraj_jax.construction.request import ImageFile, Request, Text, parse
 from mmrstraj_jax.errors import UserError
 
@@ -29,7 +30,7 @@ def model(monkeypatch):
 
 
 def client(model, log, **options):
-    options = {"concurrency": 4, "backoff": 0.001, "timeout": 0.4, "prices": PRICES} | options
+    options = {"concurrency": 4, "backoff": 0.001, "timeout": 2.0, "prices": PRICES} | options
     return Client("qwen", model.url, log, **options)
 
 
@@ -105,6 +106,7 @@ def test_a_killed_process_repeats_only_what_was_under_way(model, tmp_path):
     model.delay = 0.05
     code = (
         "import functools, sys; from mmrstraj_jax.construction.llm import *\n"
+        "from mmrstraj_jax.construction.calls import once\n"
         "asked = [Request('v1', 'You describe.', f'image {i}') for i in range(40)]\n"
         "Client('qwen', sys.argv[1], Path(sys.argv[2]), concurrency=4)"
         ".run([functools.partial(once, request) for request in asked])"
@@ -193,7 +195,7 @@ def test_the_cost_cap_stops_before_it_is_exceeded(model, tmp_path, concurrency):
 
 def test_calls_without_an_answer_count_at_their_worst(model, tmp_path):
     model.behave = lambda body, attempt: "hang" if attempt == 1 else None
-    run = client(model, tmp_path / "log", timeout=0.2)
+    run = client(model, tmp_path / "log", timeout=1.0)
     run.run(talk(requests(1)))
     worst = plan(talk(requests(1)), "qwen", tmp_path / "none", PRICES).most
     assert run.spent == pytest.approx(worst + 300 / 1e6)

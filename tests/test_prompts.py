@@ -22,6 +22,21 @@ def test_seventeen_openings_and_no_prompt_twice():
     assert len(set(every)) == len(every)
 
 
+@pytest.mark.parametrize(
+    ("prompt_set", "elements"),
+    [  # what sections 3.1.2, 3.2 and 3.2.2 of the paper name
+        (prompts.BASIC, "road network|intersection|buildings|dense|functional zones|terrain|facilities"),
+        (prompts.REASONING, "connected|zoning|spatial organisation|capacity|traffic"),
+        (prompts.TASKS, "congestion|bottleneck|peak hours|road layout|traffic flow|public transit|capacity"),
+        (tuple(prompts.ATTRIBUTES), "presence|quantity|color|absolute position|relative position|image type"),
+        (prompts.STYLES, "paragraph|numbered"),
+    ],
+)
+def test_the_sets_cover_what_the_paper_names(prompt_set, elements):
+    text = " ".join(prompt_set).lower()
+    assert [element for element in elements.split("|") if element not in text] == []
+
+
 def test_algorithm_1_draws():
     draws = [prompts.draw_instruct(0, str(i), prompts.Ratios()) for i in range(N)]
     assert near(sum(bool(draw.second) for draw in draws), N, 0.7)

@@ -14,8 +14,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from mmrstraj_jax.construction.calls import Conversation, Prices, plan
 from mmrstraj_jax.construction.files import dump, lines_writer, write_atomic
-from mmrstraj_jax.construction.llm import Client, Conversation, Prices, plan
+from mmrstraj_jax.construction.llm import Client
 from mmrstraj_jax.construction.manifest import Step
 from mmrstraj_jax.errors import UserError
 

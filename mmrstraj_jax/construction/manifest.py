@@ -91,7 +91,8 @@ class Step:
             write_atomic(path, dump(given | {"status": "unfinished"}))
             return
         found = load(path)
-        changes = list(_changes(found, given))
+        defaults = dict(_leaves(recorded(type(self._config)()), ""))
+        changes = list(_changes(found, given, defaults))
         if changes:
             raise UserError(
                 f"{path}: was built differently ({'; '.join(changes)}); name another --out, "
@@ -107,8 +108,8 @@ class Step:
             self.done = True
 
     def _input(self, path: Path) -> dict[str, Any]:
-        home, real = self.folder.parent.resolve(), path.resolve()
-        shown = real.relative_to(home).as_posix() if real.is_relative_to(home) else str(path)
+        home, here = self.folder.parent.absolute(), path.absolute()
+        shown = here.relative_to(home).as_posix() if here.is_relative_to(home) else str(path)
         return {"path": shown} | digest(path)
 
     def finish(self, counts: Mapping[str, Any], outputs: list[Path]) -> None:
@@ -158,10 +159,12 @@ def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-def _changes(found: dict, given: dict) -> Iterator[str]:
+def _changes(found: dict, given: dict, defaults: dict[str, Any]) -> Iterator[str]:
     if found["step"] != given["step"]:
         yield f"step: {found['step']} -> {given['step']}"
     old, new = dict(_leaves(found["settings"], "")), dict(_leaves(given["settings"], ""))
+    # a setting that is younger than the manifest had no other value than its default
+    old = {name: defaults[name] for name in new.keys() & defaults.keys()} | old
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name):
             yield f"{name}: {old.get(name)} -> {new.get(name)}"

@@ -1,4 +1,4 @@
-"""Providers of satellite images: local tiles, any XYZ server, Google Static Maps.
+"""Providers of satellite images: local tiles, any XYZ server, Google Static Maps, the embedded SynthCity.
 
 A provider gives the pixels of a `tiles.Window`. Whoever uses one answers for its terms: many allow viewing
 but no storing (Google); they are written beside every image. Keys come from environment variables, and are
@@ -6,6 +6,7 @@ in no message, file name or record.
 """
 
 import base64
+import functools
 import hashlib
 import hmac
 import os
@@ -23,6 +24,8 @@ from mmrstraj_jax.construction.download import Downloader
 from mmrstraj_jax.construction.imagery import NoImagery, Source, decode
 from mmrstraj_jax.construction.tiles import TILE, Window, stitch
 from mmrstraj_jax.errors import UserError
+from mmrstraj_jax.synthcity.city import make_city
+from mmrstraj_jax.synthcity.tiles import tile, tile_look
 
 
 class Provider(Protocol):
@@ -174,6 +177,25 @@ def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40] or "provider"
 
 
+class SynthCity:
+    """The embedded city (zooms 17 to 19): a factory that can be tried without imagery, terms or network."""
+
+    source = Source("SynthCity", "Rendered by mmrstraj_jax", "Apache-2.0")
+
+    def __init__(self, seed: int, lat: float, lon: float):
+        self._city = make_city(seed, lat=lat, lon=lon)
+        self._look = tile_look(self._city)
+        # neighbouring windows share tiles; drawing one takes longer than all else here
+        self._tile = functools.lru_cache(maxsize=256)(self._draw)
+
+    def image(self, window: Window) -> UInt8[np.ndarray, "H W 3"]:
+        """Raises UserError: another zoom."""
+        return stitch(window, self._tile)
+
+    def _draw(self, zoom: int, x: int, y: int) -> UInt8[np.ndarray, "256 256 3"]:
+        return tile(self._city, zoom, x, y, self._look)
+
+
 # ---- by name ----
 
 
@@ -181,7 +203,7 @@ def _slug(name: str) -> str:
 class ProviderSettings:
     """Which imagery, and on whose terms."""
 
-    provider: str = ""  # folder, xyz or google
+    provider: str = ""  # folder, xyz, google or synthcity
     tiles: str = ""  # the folder, or the URL template of an XYZ server
     pattern: str = "{z}/{x}/{y}.png"  # of a folder's files; {-y} counts rows from the south
     title: str = ""  # of the imagery; it, attribution and licence go beside every image
@@ -190,6 +212,7 @@ class ProviderSettings:
     terms: str = ""  # a URL
     capture_date: str = ""
     key_variable: str = ""  # environment variable that holds the key of a template with {key}
+    city: str = "0:45:8"  # SEED:LAT:LON of SynthCity
 
 
 def _source(config: ProviderSettings) -> Source:
@@ -207,12 +230,22 @@ def _folder(config: ProviderSettings, downloader: Downloader) -> Provider:
     return TileFolder(Path(config.tiles), _source(config), config.pattern)
 
 
+def _synthcity(config: ProviderSettings, downloader: Downloader) -> Provider:
+    match = re.fullmatch(r"(\d{1,9}):(-?[\d.]+):(-?[\d.]+)", config.city)
+    try:
+        seed, lat, lon = int(match[1]), float(match[2]), float(match[3])
+    except (TypeError, ValueError):
+        raise UserError(f"--city {config.city}: expected SEED:LAT:LON, as of the trips") from None
+    return SynthCity(seed, lat, lon)
+
+
 PROVIDERS: dict[str, Callable[[ProviderSettings, Downloader], Provider]] = {
     "folder": _folder,
     "xyz": lambda config, downloader: XYZ(
         config.tiles, _source(config), downloader, config.key_variable or None
     ),
     "google": lambda config, downloader: GoogleStatic(downloader),
+    "synthcity": _synthcity,
 }
 
 

@@ -24,7 +24,7 @@ class Measures:
     """Of one image, all 0 to 1 unless said otherwise."""
 
     contrast: float  # 2nd to 98th percentile of luma
-    sharpness: float  # spread of the Laplacian over the spread of luma; not bounded
+    blur: float  # how little a further blur would change (Crete et al. 2007): 0.2 is sharp, 0.7 is not
     flat: float  # share of the most frequent colour, in 32 steps a channel: blank tiles
     cloud: float  # share of blocks that are bright and colourless throughout
     haze: float  # median of the blocks' darkest value in any channel (dark channel, He et al. 2009)
@@ -35,19 +35,30 @@ def measure(image: UInt8[np.ndarray, "H W 3"]) -> Measures:
     rgb = image.astype(np.float32) / 255
     luma = rgb @ np.array([0.299, 0.587, 0.114], np.float32)
     low, high = np.percentile(luma, (2, 98))
-    laplacian = 4 * luma[1:-1, 1:-1] - luma[:-2, 1:-1] - luma[2:, 1:-1] - luma[1:-1, :-2] - luma[1:-1, 2:]
     codes = (image >> 3).astype(np.int32) @ np.array([1024, 32, 1])
     flat = np.bincount(codes.ravel()).max() / codes.size
     darkest, saturation = _blocks(rgb.min(2)).min(1), _blocks(rgb.max(2) - rgb.min(2)).mean(1)
     cloud = (_blocks(luma).min(1) > 0.72) & (saturation < 0.12)
-    spread = float(luma.std())
     return Measures(
         contrast=float(high - low),
-        sharpness=float(laplacian.std()) / spread if spread > 1e-3 else 0.0,
+        blur=max(_blur(luma), _blur(luma.T)),
         flat=float(flat),
         cloud=float(cloud.mean()),
         haze=float(np.median(darkest)),
     )
+
+
+def _blur(luma: Float[np.ndarray, "H W"], taps: int = 9) -> float:
+    """Share of the differences down the columns that survive a box blur along them."""
+    if luma.shape[0] <= taps + 1:
+        return 1.0
+    total = np.cumsum(np.pad(luma, ((1, 0), (0, 0))), axis=0, dtype=np.float64)
+    blurred = (total[taps:] - total[:-taps]) / taps
+    margin = taps // 2
+    before = np.abs(np.diff(luma[margin : margin + len(blurred)], axis=0))
+    after = np.abs(np.diff(blurred, axis=0))
+    lost = np.maximum(before - after, 0).sum()
+    return float(1 - lost / before.sum()) if before.sum() > 0 else 1.0
 
 
 def _blocks(values: Float[np.ndarray, "H W"]) -> Float[np.ndarray, "N P"]:
@@ -69,14 +80,14 @@ def image_scores(found: Measures) -> dict[str, float]:
         "readability": round(
             1 + (readable - 1) * visible * float(np.interp(found.flat, (0.5, 0.95), (1, 0))), 2
         ),
-        "clarity": _score(found.sharpness, (0.02, 0.08, 0.25), (1, 5, 10)),
+        "clarity": _score(found.blur, (0.3, 0.5, 0.75), (10, 6, 1)),
     }
 
 
-def density_score(metres: float, points: int, window: Window) -> float:
-    """Of the trip inside the window: 1 without it, 10 once it is as long as the window's side."""
+def density_score(network: Float[np.ndarray, "8 8 4"], window: Window) -> float:
+    """From `crossing` of all trips: metres driven, as sides of the window. One trip across it gives 5."""
     side = window.gsd * min(window.width, window.height)
-    return _score(metres / side if points > 1 else 0.0, (0.0, 1.0), (1, 10))
+    return _score(float(network.sum()) / side, (0, 1, 4, 16), (1, 5, 8, 10))
 
 
 def structure_score(network: Float[np.ndarray, "8 8 4"]) -> float:
@@ -86,7 +97,7 @@ def structure_score(network: Float[np.ndarray, "8 8 4"]) -> float:
     cells = int((network.sum(2) > 0).sum())
     share = network.sum((0, 1)) / network.sum()
     directions = int((share >= 0.1).sum())
-    return round(_score(cells, (0, 16), (1, 6)) + min(directions, 4), 2)
+    return round(_score(cells, (0, 24), (1, 6)) + min(directions, 4), 2)
 
 
 def crossing(trip: Trajectory, window: Window) -> Float[np.ndarray, "8 8 4"]:

@@ -235,9 +235,9 @@ def _accept(folder: Path, source: Path, log: Path, config: Review) -> None:
 
 @dataclass(frozen=True)
 class _Policy:
-    dataset: str
-    reviewers: int
-    keep_unreviewed: bool
+    dataset: str = "rsi-traffic"
+    reviewers: int = 1
+    keep_unreviewed: bool = False
 
 
 def _judged(row: dict, made: dict[str, dict], verdicts, policy: _Policy, states: Counter) -> dict | None:

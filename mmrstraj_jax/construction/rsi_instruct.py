@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mmrstraj_jax.construction import dataset, prompts
+from mmrstraj_jax.construction.calls import Conversation
 from mmrstraj_jax.construction.dataset import Look, ModelSettings, Sample, by_model, seeded
-from mmrstraj_jax.construction.llm import Conversation
 from mmrstraj_jax.construction.manifest import Step
 from mmrstraj_jax.construction.request import Text
 from mmrstraj_jax.data import records

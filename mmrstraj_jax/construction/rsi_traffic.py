@@ -9,8 +9,8 @@ from typing import Any
 
 from mmrstraj_jax import jsonl
 from mmrstraj_jax.construction import dataset, prompts, selection
+from mmrstraj_jax.construction.calls import Conversation
 from mmrstraj_jax.construction.dataset import Look, ModelSettings, Sample, by_model, seeded
-from mmrstraj_jax.construction.llm import Conversation
 from mmrstraj_jax.construction.manifest import Step, finished
 from mmrstraj_jax.construction.request import ImageFile
 from mmrstraj_jax.errors import UserError

@@ -36,7 +36,7 @@ class Quality:
     )
     max_cloud: float = 0.3
     max_flat: float = 0.9
-    min_sharpness: float = 0.02
+    max_blur: float = 0.7
     min_points: int = 2  # fixes inside the window
     duplicate_bits: int = 8  # of 256: images that differ in at most so many are one
     test_share: float = 0.1
@@ -155,7 +155,7 @@ def _cells(window: tiles.Window, zoom: int = _GRID) -> set[tuple[int, int]]:
 def _row(record: dict, window: tiles.Window, measured: dict, network, wandering, people) -> dict[str, Any]:
     found = quality.Measures(**measured["measures"])
     scores = quality.image_scores(found)
-    scores["density"] = quality.density_score(record["track"]["metres"], record["track"]["points"], window)
+    scores["density"] = quality.density_score(network[record["id"]], window)
     scores["structure"] = quality.structure_score(network[record["id"]])
     judged = dict(people.get(record["id"], {}))
     by = judged.pop("by", [])
@@ -174,7 +174,7 @@ def _reject(rows: list[dict], measured: Mapping[str, dict], config: Quality) -> 
         reasons = (
             ("blank", found.flat > config.max_flat),
             ("cloud", found.cloud > config.max_cloud),
-            ("blurred", found.sharpness < config.min_sharpness),
+            ("blurred", found.blur > config.max_blur),
             ("too few fixes inside", row["points"] < config.min_points),
             (row["wanders"], bool(row["wanders"])),
             ("low score", row["score"] < config.min_score),
