@@ -206,6 +206,7 @@ class LoaderConfig:
     prefetch: int = 4  # batches that wait ready, of each worker
     timeout: float = 300.0  # seconds without a batch after which the run ends, naming the row at hand
     cache_dir: str | None = None  # of the index of the data; None: the user's cache folder
+    verify: bool = False  # decode every image when the data is indexed, not only its header
 
     def __post_init__(self):
         for key, least in (("workers", 0), ("threads", 0), ("prefetch", 1)):
