@@ -1,15 +1,18 @@
 """Examples and micro-batches: every integer of the model's inputs, against a literal construction."""
 
+import dataclasses
+
 import data_case
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmrstraj_jax.config import Config
+from mmrstraj_jax.config import MODEL_PRESETS, Config
 from mmrstraj_jax.data import anyres, chat, collate, images, records
 from mmrstraj_jax.data.collate import Shape, Sizes
 from mmrstraj_jax.errors import UserError
+from mmrstraj_jax.inference import prompts
 from mmrstraj_jax.models.token_reduction import visual_pool
 
 TOKENIZER = data_case.tokenizer()
@@ -200,18 +203,13 @@ def test_rows_are_refused_rather_than_cut(tmp_path):
         collate.batch([item], together(item), PAD, VIEW)
 
 
-def test_prompts_for_generation(tmp_path):
-    picture = data_case.picture(200, 150)
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How many roads?"}]}]
-    item = collate.prompt_example(messages, [picture], TOKENIZER, data_case.TINY)
-    text = collate.prompt_example([{"role": "user", "content": "Hi"}], [], TOKENIZER, data_case.TINY)
-    made = collate.prompt_batch([item, text, None], SIZES, PAD, VIEW)
-    assert made.input_ids.shape == (3, 160) and made.sample_index is None
-    trained = make(tmp_path, (200, 150), answer="Two.")
+def test_a_prompt_is_the_beginning_of_its_training_row(tmp_path):
+    """One expansion of slots: what inference reads is what training saw, up to the answer."""
+    config = dataclasses.replace(MODEL_PRESETS["tiny"], pad_token_id=PAD, image_token_id=TOKENIZER.image_id)
+    trained = make(tmp_path, (200, 150), answer="Two.", name="x")
+    question = row(tmp_path, (200, 150), name="x").conversations[0]["value"]
+    ids = chat.prompt([{"role": "user", "content": question}], TOKENIZER)
+    item = prompts.read(prompts.Request(ids, [data_case.picture(200, 150)]), config, data_case.TINY)
     np.testing.assert_array_equal(item.input_ids, trained.input_ids[: len(item.input_ids)])
     np.testing.assert_array_equal(item.views, trained.views)
-    assert made.lengths.tolist() == [len(item.input_ids), len(text.input_ids), 1]
-    film = collate.prompt_example(messages, [picture, picture], TOKENIZER, data_case.TINY, video=True)
-    assert film.plans == (anyres.plan_video(2, data_case.TINY),)
-    with pytest.raises(UserError, match="1 <image> slots for 2 images"):
-        collate.prompt_example(messages, [picture, picture], TOKENIZER, data_case.TINY)
+    assert (item.plans, item.starts) == (trained.plans, trained.starts)

@@ -4,13 +4,12 @@ import hashlib
 import io
 import json
 import pathlib
-import struct
 import warnings
-import zlib
 
 import data_case
 import numpy as np
 import pytest
+from image_zoo import deep_png, png, tiff
 from PIL import Image
 
 from mmrstraj_jax.config import AnyResConfig
@@ -131,6 +130,35 @@ def test_sixteen_bits_are_refused_or_stretched(tmp_path):
         images.load(Image.fromarray(values))
 
 
+def test_several_deep_bands_are_never_cut_to_their_upper_bits(tmp_path):
+    """Pillow opens them as 8-bit RGB; reflectances of 200 to 3000 would become 0 to 11."""
+    for name, data in (
+        ("deep.png", deep_png(8, 4)),
+        ("deep.tif", tiff(8, 4, 16)),
+        ("alpha.tif", tiff(8, 4, 16, 4)),
+    ):
+        path = tmp_path / name
+        path.write_bytes(data)
+        with Image.open(path) as image:
+            assert image.mode in ("RGB", "RGBA")
+        for deep in ("refuse", "stretch"):
+            for read in (images.load, images.size):
+                with pytest.raises(UserError, match=f"{name}: several bands deeper than 8 bits"):
+                    read(path, ImagePolicy(deep=deep))
+    (tmp_path / "plain.tif").write_bytes(tiff(8, 4, 8))
+    assert images.load(tmp_path / "plain.tif").size == (8, 4)
+
+
+def test_a_mosaic_that_is_too_large_is_refused_from_its_header(tmp_path, monkeypatch):
+    """A legitimate GeoTIFF of 40,000 x 40,000: named, with what to do; nothing is decoded."""
+    path = tmp_path / "mosaic.tif"
+    path.write_bytes(tiff(40_000, 40_000, 8, data=b""))
+    monkeypatch.setattr(images, "_decode", lambda *_: pytest.fail("decoded"))
+    for read in (images.load, images.size):
+        with pytest.raises(UserError, match="mosaic.tif: .*pixels.*; cut it into tiles first"):
+            read(path)
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_camera_rotation_is_ignored_unless_asked_for(tmp_path, orientation):
     from PIL import ImageOps
@@ -178,14 +206,8 @@ def test_damaged_files_are_named(tmp_path):
 
 
 def test_decompression_bomb_is_refused_from_its_header(tmp_path, monkeypatch):
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
     bomb = tmp_path / "bomb.png"
-    bomb.write_bytes(
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
-    )
+    bomb.write_bytes(png(50_000, 50_000, 8, b""))
     monkeypatch.setattr(images, "_decode", lambda *_: pytest.fail("decoded"))
     for read in (images.load, images.size):
         with pytest.raises(UserError, match="bomb.png.*tiles"):

@@ -112,12 +112,13 @@ def test_mixture_weights_share_the_draws():
     assert set(drawn[:100]) == {9} and set(drawn[100:]) == {15}  # none again before all its source were drawn
 
 
-def build(tmp_path, sizes, batch=4, **how):
+def build(tmp_path, sizes, batch=4, max_buckets=12, **how):
     path = data_case.dataset(tmp_path, sizes)
     tokenizer = data_case.tokenizer()
     found = records.load(str(path))
     index = build_index(found, tokenizer, data_case.TINY, SIZES)
-    return Loader(index, Schedule(index, SIZES, batch, seed=1), tokenizer, data_case.TINY, **how)
+    schedule = Schedule(index, SIZES, batch, seed=1, max_buckets=max_buckets)
+    return Loader(index, schedule, tokenizer, data_case.TINY, **how)
 
 
 MIXED = [(100, 100), (200, 150), None, (112, 300), (90, 110), (230, 230), (50, 60), (100, 90), (30, 40)]
@@ -164,6 +165,31 @@ def test_padding_rows_weigh_nothing_and_ids_are_known(tmp_path):
         assert batch["inputs"].sample_index.tolist() == list(range(4 * step, 4 * step + 4))
         assert batch["inputs"].lengths.min() >= 1
     assert sorted(seen) == sorted(f"row{number}" for number in range(9))
+
+
+def test_a_mixed_stream_compiles_no_more_programs_than_buckets(tmp_path):
+    """Image sizes of every kind; the first program is that of the largest bucket, run on padding."""
+    random = np.random.default_rng(0)
+    sizes = [tuple(random.integers(20, 400, 2).tolist()) for _ in range(30)]
+    loader = build(tmp_path, sizes, max_buckets=4)
+    schedule = loader.schedule
+    steps = schedule.steps_per_epoch
+    order = [schedule.batch(step)[1].tolist() for step in range(steps)]
+    program = jax.jit(lambda batch: jax.tree.map(lambda leaf: leaf.ravel()[0], batch))
+    largest = schedule.largest(0, steps)
+    program(loader.blank(largest))
+    used = set()
+    for step in range(2 * steps):
+        _, bucket, batch = loader(step)
+        program(batch)
+        used.add(bucket)
+        if step < steps:
+            assert largest.views >= bucket.views and largest.length >= bucket.length
+    assert (
+        len(set(map(tuple, sizes))) == 30 and program._cache_size() == len(used) <= len(schedule.buckets) <= 5
+    )
+    assert order == [schedule.batch(step)[1].tolist() for step in range(steps)]
+    assert schedule.largest(steps, steps) is None
 
 
 class Deadly(Loader):

@@ -131,7 +131,7 @@ def labels_of(encoded: Encoded, tokenizer: Tokenizer, mask: str) -> Int[np.ndarr
         supervised = encoded.answer
     else:
         separators = [tokenizer.newline_id, tokenizer.im_start, tokenizer.im_end]
-        supervised = encoded.assistant | np.isin(encoded.ids, separators)
+        supervised = encoded.assistant | (encoded.ids[:, None] == separators).any(1)
     return np.where(supervised, encoded.ids, IGNORE).astype(np.int32)
 
 

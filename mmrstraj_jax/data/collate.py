@@ -113,23 +113,25 @@ def row_shape(plans: Sequence[Plan], length: int, labels: np.ndarray | int | Non
 
 
 def expand(
-    ids: Int[np.ndarray, " n"], plans: Sequence[Plan], tokenizer: Tokenizer, name: str
+    ids: Int[np.ndarray, " n"], slots: Sequence[int], plans: Sequence[Plan], pad_id: int
 ) -> tuple[np.ndarray, tuple[int, ...], np.ndarray]:
-    """Makes room for the visual tokens.
+    """Makes room for the visual tokens, in training rows and in prompts.
 
+    Args:
+      ids: with one token at each visual slot.
+      slots: their positions, in order; as many as plans.
     Returns (ids with pad at visual positions, start of each slot, the source position of every token: a
-    visual token counts as its slot). Raises UserError when slots and plans differ in number.
+    visual token counts as its slot).
     """
-    slots = np.flatnonzero(ids == tokenizer.image_id)
-    if len(slots) != len(plans):
-        raise UserError(f"{name}: {len(slots)} <image> slots for {len(plans)} images; expected one slot each")
+    assert len(slots) == len(plans), (slots, plans)
+    slots = np.asarray(slots, int)
     counts = np.ones(len(ids), np.int64)
     counts[slots] = [plan.num_tokens for plan in plans]
     source = np.repeat(np.arange(len(ids)), counts)
     begins = np.cumsum(counts) - counts
-    expanded = ids.copy()
-    expanded[slots] = tokenizer.pad_id
-    return expanded[source], tuple(int(begins[slot]) for slot in slots), source
+    expanded = ids.astype(np.int32)
+    expanded[slots] = pad_id
+    return expanded[source], tuple(begins[slots].tolist()), source
 
 
 def example(
@@ -151,7 +153,10 @@ def example(
     try:
         pixels, plans = row_views(row, policy, image_policy)
         encoded = chat.encode_spans(row.conversations, tokenizer, row.kind)
-        ids, starts, source = expand(encoded.ids, plans, tokenizer, "conversation")
+        slots = np.flatnonzero(encoded.ids == tokenizer.image_id)
+        if len(slots) != len(plans):
+            raise UserError(f"{len(slots)} <image> slots for {len(plans)} images; expected one slot each")
+        ids, starts, source = expand(encoded.ids, slots, plans, tokenizer.pad_id)
         labels = chat.labels_of(encoded, tokenizer, mask)[source]
         check_supervision(int(encoded.answer.sum()), len(ids), max_length)
     except UserError as error:
@@ -186,21 +191,6 @@ def views_of(
         return images.views(pictures, plans[0], size), plans
     parts = [images.views(picture, plan, size) for picture, plan in zip(pictures, plans, strict=True)]
     return np.concatenate(parts) if parts else np.zeros((0, size, size, 3), np.uint8), plans
-
-
-def prompt_example(
-    messages: Sequence,
-    pictures: Sequence,
-    tokenizer: Tokenizer,
-    policy: AnyResConfig,
-    *,
-    video: bool = False,
-    id: str = "prompt",
-) -> Example:
-    """A prompt for generation: messages as in chat.prompt, RGB images (PIL) for its slots or frames."""
-    pixels, plans = views_of(pictures, policy, video)
-    ids, starts, _ = expand(chat.prompt(messages, tokenizer), plans, tokenizer, id)
-    return Example(id, ids, pixels, tuple(plans), starts)
 
 
 def join(samples: Sequence[Example]) -> Example:
@@ -326,16 +316,3 @@ def batch(
     order = np.arange(rows) if sample_index is None else sample_index
     inputs = model_inputs(examples, bucket, view_size, pad_id, order, packed=packed)
     return Batch(inputs=inputs, positions=positions, targets=targets, weights=weights, answer=answer)
-
-
-def prompt_batch(
-    examples: Sequence[Example | None], sizes: Sizes, pad_id: int, view_size: int, bucket: Shape | None = None
-) -> Inputs:
-    """Prompts, right padded to the smallest bucket that holds them all (or to a given one)."""
-    if bucket is None:
-        needed = [item.shape for item in examples if item is not None]
-        bucket = needed[0]
-        for shape in needed[1:]:
-            bucket = bucket.join(shape)
-        bucket = sizes.round(bucket)
-    return model_inputs(examples, bucket, view_size, pad_id)

@@ -3,8 +3,9 @@ processor).
 
 File policy: 8-bit images of any PIL mode become RGB as PIL's `convert("RGB")` does it (alpha is dropped, not
 blended; CMYK and palettes are converted; the first frame of an animation counts). EXIF rotation is ignored
-unless asked for, as in the original. Deeper than 8 bits is refused unless a stretch is named: scaling
-reflectances blindly gives nearly black pictures. Size is checked from the header, before anything is decoded.
+unless asked for, as in the original. Deeper than 8 bits is refused unless a stretch is named (for one band:
+Pillow cannot read more): scaling reflectances blindly gives nearly black pictures. Size is checked from the
+header, before anything is decoded.
 """
 
 import io
@@ -72,6 +73,9 @@ def _open(source: Source, policy: ImagePolicy) -> Image.Image:
         raise UserError(
             f"{path}: {width}x{height} pixels, over the limit of {policy.max_pixels}; cut it into tiles first"
         )
+    if image.mode not in _DEEP_MODES and any(";16" in str(tile.args) for tile in image.tile):
+        image.close()  # Pillow would keep the upper 8 bits, and reflectances would be nearly black
+        raise UserError(f"{path}: several bands deeper than 8 bits; convert it to 8-bit RGB with a stretch")
     if image.mode in _DEEP_MODES and policy.deep == "refuse":
         image.close()
         raise UserError(

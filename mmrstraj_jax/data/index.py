@@ -5,10 +5,11 @@ on. It is what lets the schedule choose the bucket of every step in advance, and
 GPU is held.
 """
 
+import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -83,19 +84,22 @@ def build_index(
     image_policy: images.ImagePolicy = images.DEFAULT,
     on_bad: str = "quarantine",
     cache_dir: str | os.PathLike | None = None,
+    verify: bool = False,
     threads: int = 8,
 ) -> Index:
     """Measures every row and drops (or, with on_bad="error", refuses) those that cannot be trained on.
 
+    With `verify` every image is decoded: slow, but it finds what the loader would stop at (a flipped bit).
     Raises UserError when no row is left.
     """
     rows, reader = records.rows, Reader(tokenizer, policy, mask, image_policy)
-    name = f"index-{_key(rows, reader)}"
+    size_of = _decoded_size if verify else images.size
+    name = f"{'verified' if verify else 'index'}-{_key(rows, reader)}"
     kept = cache.read(cache_dir, name)
-    if kept is not None and not _still_bad(rows, reader, kept[1]["reasons"]):
+    if kept is not None and not _still_bad(rows, reader, size_of, kept[1]["reasons"]):
         kept = None
     if kept is None:
-        shapes, said = _measure_all(rows, reader, threads)
+        shapes, said = _measure_all(rows, reader, size_of, threads)
         shapes = cache.write(cache_dir, name, shapes, said)
     else:
         shapes, said = kept
@@ -132,16 +136,23 @@ def _misfits(shapes: Int[np.ndarray, "rows 5"], sizes: Sizes) -> dict[int, str]:
     return reasons
 
 
-def _measure_all(rows: Sequence[Row], reader: Reader, threads: int) -> tuple[np.ndarray, dict]:
+def _decoded_size(file: images.Source, policy: images.ImagePolicy) -> tuple[int, int]:
+    return images.load(file, policy).size
+
+
+def _measure_all(
+    rows: Sequence[Row], reader: Reader, size_of: Callable, threads: int
+) -> tuple[np.ndarray, dict]:
     """(shapes, zeros for bad rows; reasons of the bad ones and the hash of all content)."""
     content = hashlib.sha256(reader.settings().encode())
     shapes = np.zeros((len(rows), _COLUMNS), np.int32)
     reasons: dict[str, str] = {}
+    size_of = functools.lru_cache(maxsize=1 << 16)(size_of)  # many rows may share an image
 
     def chunk(begin: int) -> tuple[int, list[Shape | str], bytes]:
         found, said = [], []
         for row in _some(rows, begin):
-            found.append(_measure(row, reader))
+            found.append(_measure(row, reader, size_of))
             said.append(_content(row))
         return begin, found, b"".join(said)
 
@@ -169,10 +180,10 @@ def _content(row: Row) -> bytes:
     return json.dumps([row.id, row.images, row.videos, row.conversations]).encode()
 
 
-def _measure(row: Row, reader: Reader) -> Shape | str:
+def _measure(row: Row, reader: Reader, size_of: Callable) -> Shape | str:
     """The row's shape, or why it has none."""
     try:
-        found = [images.size(file, reader.image_policy) for file in row.image_files()]
+        found = [size_of(file, reader.image_policy) for file in row.image_files()]
         plans = anyres.plan_row(found, len(found) if row.kind == "video" else 0, reader.policy)
         encoded = chat.encode_spans(row.conversations, reader.tokenizer, row.kind)
         labels = chat.labels_of(encoded, reader.tokenizer, reader.mask)
@@ -183,9 +194,10 @@ def _measure(row: Row, reader: Reader) -> Shape | str:
         return str(error)
 
 
-def _still_bad(rows: Sequence[Row], reader: Reader, reasons: dict[str, str]) -> bool:
+def _still_bad(rows: Sequence[Row], reader: Reader, size_of: Callable, reasons: dict[str, str]) -> bool:
     """Whether the rows that were bad still are, for the same reason: someone may have mended an image."""
-    return all(_measure(rows[int(at)], reader) == reason for at, reason in list(reasons.items())[:1000])
+    some = list(reasons.items())[:1000]
+    return all(_measure(rows[int(at)], reader, size_of) == reason for at, reason in some)
 
 
 def _kept_sources(sources: Sequence[Source], keep: np.ndarray) -> list[Source]:

@@ -24,6 +24,7 @@ from mmrstraj_jax.data.tokenizer import Tokenizer
 from mmrstraj_jax.errors import UserError
 
 _SLOTS = 4096  # more than batches that can be under way at once
+_START = 120.0  # seconds more that the first batch may take: worker processes import all modules first
 Item = tuple[int, Shape, Batch]
 
 
@@ -112,7 +113,7 @@ class Loader:
             with contextlib.closing(stream):
                 for due in range(start, stop):
                     try:
-                        yield stream.get()
+                        yield stream.get(_START if due == start and self.how.workers else 0.0)
                     except (RuntimeError, TimeoutError) as error:  # RuntimeError: grain's, for a dead worker
                         what = "stopped" if isinstance(error, TimeoutError) else "died"
                         rows = self._under_way(trace, start, due) or self.ids(due)
@@ -180,10 +181,10 @@ class _Ahead:
                 return True
         return False
 
-    def get(self) -> Item:
+    def get(self, patience: float = 0.0) -> Item:
         """Raises what the iterator raised, or TimeoutError."""
         try:
-            item, error = self._ready.get(timeout=self._timeout)
+            item, error = self._ready.get(timeout=self._timeout + patience)
         except queue.Empty:
             for child in multiprocessing.active_children():
                 if child.name.startswith("grain-"):

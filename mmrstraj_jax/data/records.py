@@ -7,6 +7,7 @@ missing or broken as a whole always raises. Images are named relative to an imag
 import array
 import base64
 import dataclasses
+import functools
 import hashlib
 import os
 import pathlib
@@ -163,7 +164,7 @@ class Rows(Sequence[Row]):
         place = self.places[number]
         file, root = self.files[place["file"]]
         data = file.read(int(place["offset"]), int(place["size"]))
-        return _check(_value(data), file.source, int(place["line"]), root, check_files=False)
+        return _row(_value(data), file.source, int(place["line"]), root)
 
     def take(self, numbers: Int[np.ndarray, " n"]) -> "Rows":
         """Some of the rows, in the order of their numbers."""
@@ -314,7 +315,17 @@ def read_rows(path: str | os.PathLike) -> Iterator[tuple[str, int, object]]:
 
 
 def _check(value: object, source: str, line: int, root: str, check_files: bool) -> Row:
-    """A Row of a parsed value, or UserError saying what is wrong with it."""
+    """A Row whose images lie inside the root, and (check_files) exist; else UserError."""
+    row = _row(value, source, line, root)
+    for name in () if row.blobs else row.images + row.videos:
+        path = resolve_inside(root, name, must_exist=check_files)
+        if check_files and row.images and not path.is_file():
+            raise UserError(f"image {name!r}: not a file")
+    return row
+
+
+def _row(value: object, source: str, line: int, root: str) -> Row:
+    """A Row of a parsed value, or UserError saying what is wrong with it; no file is looked at."""
     if not isinstance(value, Mapping):
         raise UserError(f"expected an object with id, image and conversations, found {type(value).__name__}")
     identity = value.get("id")
@@ -328,10 +339,6 @@ def _check(value: object, source: str, line: int, root: str, check_files: bool) 
     turns = _check_turns(value.get("conversations"))
     row = Row(str(identity), images, videos, turns, source, line, root, blobs)
     _check_slots(row)
-    for name in () if blobs else images + videos:
-        path = resolve_inside(root, name, must_exist=check_files)
-        if check_files and images and not path.is_file():
-            raise UserError(f"image {name!r}: not a file")
     return row
 
 
@@ -411,15 +418,18 @@ def resolve_inside(root: str | os.PathLike, name: str, must_exist: bool = True) 
             )
         if ".." in form.split("/"):
             raise UserError(f"image {name!r:.80}: '..' leaves the image root")
-    root = pathlib.Path(root).resolve()
+    root = _real(os.fspath(root))
     try:
-        path = (root / name).resolve(strict=must_exist)
+        path = os.path.realpath(os.path.join(root, name), strict=must_exist)
     except FileNotFoundError as error:
         raise UserError(f"image {name!r:.80}: no such file under {root}") from error
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"image {name!r:.80}: cannot be opened ({error})") from error
-    if not path.is_relative_to(root):
+    if os.path.commonpath((path, root)) != root:
         raise UserError(
             f"image {name!r:.80}: a link that leaves the image root {root}; name a root that contains it"
         )
-    return path
+    return pathlib.Path(path)
+
+
+_real = functools.lru_cache(maxsize=64)(os.path.realpath)  # of image roots

@@ -2,6 +2,7 @@
 
 import codecs
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -59,6 +60,8 @@ class Tokenizer:
         self._definition = library.to_str()
         library.encode_special_tokens = True  # "<|im_end|>" in text is text
         self._library = library
+        # The system turn, headers and many questions are the same in every row
+        self._short = functools.lru_cache(maxsize=4096)(self._encode)
         self.pad_id, self.im_start, self.im_end = (library.token_to_id(token) for token in CONTROL_TOKENS)
         self.image_id, self.video_id = (library.token_to_id(token) for token in SLOT_TOKENS)
         self.eos_ids = (self.im_end, self.pad_id)
@@ -107,11 +110,14 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary text; nothing in it is read as a control token."""
         try:
-            return self._library.encode(text, add_special_tokens=False).ids
+            return list(self._short(text) if len(text) < 200 else self._encode(text))
         except (TypeError, UnicodeEncodeError) as error:
             raise UserError(
                 f"text {text!r:.60} cannot be tokenised: {error}; expected valid Unicode"
             ) from error
+
+    def _encode(self, text: str) -> list[int]:
+        return self._library.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Text of ids; control tokens are left out unless asked for, incomplete UTF-8 becomes U+FFFD."""

@@ -12,7 +12,7 @@ from PIL import Image
 from mmrstraj_jax.config import AnyResConfig, ModelConfig
 from mmrstraj_jax.data import anyres, images
 from mmrstraj_jax.data.anyres import Plan
-from mmrstraj_jax.data.collate import Example, Shape, Sizes, model_inputs, row_shape
+from mmrstraj_jax.data.collate import Example, Shape, Sizes, expand, model_inputs, row_shape
 from mmrstraj_jax.errors import UserError
 from mmrstraj_jax.models.mmrstraj import Inputs
 
@@ -109,25 +109,22 @@ def measure(request: Request, config: ModelConfig, policy: AnyResConfig) -> Shap
 def read(request: Request, config: ModelConfig, policy: AnyResConfig) -> Example:
     """Decodes the images of a prompt into views and expands its slots. Raises UserError as `measure`."""
     ids, slots = _check_ids(request, config), _slots(request, config, policy)
-    counts = np.ones(len(ids), np.int64)
-    views, starts = [], []
+    views = []
     for slot in slots:
-        counts[slot.position] = slot.plan.num_tokens
         if slot.plan.kind == "video":
             pixels = [images.load(frame) for frame in frames_of(slot.media)]
         else:
             pixels = images.load(slot.media)
         views.append(images.views(pixels, slot.plan, policy.view_size))
-        starts.append(int(slot.position + sum(plan.plan.num_tokens - 1 for plan in slots[: len(starts)])))
-    ids = ids.astype(np.int32)
-    ids[[slot.position for slot in slots]] = config.pad_token_id or 0
+    plans = tuple(slot.plan for slot in slots)
+    expanded, starts, _ = expand(ids, [slot.position for slot in slots], plans, config.pad_token_id or 0)
     none = np.zeros((0, policy.view_size, policy.view_size, 3), np.uint8)
     return Example(
         id=request.name,
-        input_ids=np.repeat(ids, counts),
+        input_ids=expanded,
         views=np.concatenate(views) if views else none,
-        plans=tuple(slot.plan for slot in slots),
-        starts=tuple(starts),
+        plans=plans,
+        starts=starts,
     )
 
 

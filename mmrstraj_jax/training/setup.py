@@ -126,6 +126,7 @@ def load_data(config: Config, found: Sources, start: Start, cache_dir: Path, say
             image_policy=config.images,
             on_bad=config.on_bad,
             cache_dir=cache_dir,
+            verify=config.loader.verify,
         )
         say(f"{name}: {index.report()}")
         for problem in index.problems[:20]:
