@@ -1,6 +1,9 @@
 """What a run shows, and that showing it never stops the run."""
 
 import json
+import threading
+import time
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +11,9 @@ import pytest
 import training_case as case
 from PIL import Image
 
+from mmrstraj_jax.errors import UserError
 from mmrstraj_jax.training import monitor as monitoring
+from mmrstraj_jax.training import sinks
 from mmrstraj_jax.training import state as states
 from mmrstraj_jax.training.monitor import Log, Meter, Monitor, parameter_table, read_metrics
 
@@ -71,7 +76,7 @@ def test_values_that_json_lacks_keep_the_file_valid(tmp_path):
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("sink", ["_append", "_tensorboard", "_plot", "_progress"])
+@pytest.mark.parametrize("sink", ["_append", "_plot", "_progress"])
 def test_a_sink_that_fails_is_switched_off_once(tmp_path, monkeypatch, sink):
     def broken(*_):
         raise OSError("No space left on device")
@@ -114,7 +119,112 @@ def test_meter_counts_real_samples_and_leaves_pauses_out(monkeypatch):
     now[0] += 3.0
     values = meter.row(1, {"loss": jnp.float32(2), "tokens": jnp.int32(80)}, 2)
     assert (values["samples_per_s"], values["tokens_per_s"], values["data_wait"]) == (0.5, 20.0, 0.25)
+    assert values["useful_s"] == 3.0
     now[0] += 50.0
     meter.pause()
     now[0] += 1.0
     assert meter.row(2, {"loss": jnp.float32(2), "tokens": jnp.int32(80)}, 2)["seconds"] == 1.0
+
+
+def test_mfu_is_the_4n_count_over_seconds_times_peak(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(monitoring.time, "perf_counter", lambda: now[0])
+    meter = Meter(work={4: 6e12}.get, peak=8e12)  # step 5 is number 4 from 0
+    now[0] = 1.5
+    values = meter.row(5, {"loss": jnp.float32(2), "tokens": jnp.int32(80)}, 2)
+    assert (values["tflops_per_s"], values["mfu"]) == (4.0, 0.5)
+    assert "mfu" not in Meter(work=lambda step: 1.0).row(1, {"tokens": jnp.int32(8)}, 2)
+
+
+def test_goodput_counts_every_start_of_a_run(tmp_path, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(monitoring.time, "time", lambda: now[0])
+    first = Monitor(tmp_path, 0, 9, lambda _: None)
+    for step in (1, 2, 3):
+        now[0] += 10
+        first.row(row(step, useful_s=8.0 * step))
+    first.close()
+    assert first.rows[-1]["goodput"] == 24 / 30
+    now[0] += 100  # killed; step 3 is lost, and the queue is long
+    second = Monitor(tmp_path, 2, 9, lambda _: None)
+    now[0] += 10
+    second.row(row(3, useful_s=8.0))
+    second.close()
+    assert second.rows[-1]["useful_s"] == 24 and second.rows[-1]["goodput"] == 24 / 140
+    now[0] = 5.0  # the clock was set back
+    second.row(row(4, useful_s=16.0))
+    assert second.rows[-1]["goodput"] == 1.0
+
+
+# ---- sinks ----
+
+
+class Fake:
+    """A wandb module that keeps what it is told."""
+
+    def __init__(self, **also):
+        self.rows, self.opened, self.finished = [], {}, False
+        functions = {"log": self.rows.append, "finish": self._finish, "define_metric": lambda *a, **k: None}
+        self.module = types.SimpleNamespace(init=self._init, **also)
+        self._run = types.SimpleNamespace(**functions)
+
+    def _init(self, **options):
+        self.opened = options
+        return self._run
+
+    def _finish(self):
+        self.finished = True
+
+
+def test_weights_and_biases_gets_every_row_and_a_resumed_run_its_old_name(tmp_path, monkeypatch):
+    names = []
+    (tmp_path / "run").mkdir()
+    for start in (0, 1):
+        fake = Fake()
+        monkeypatch.setitem(monitoring.sys.modules, "wandb", fake.module)
+        monitor = Monitor(tmp_path / "run", start, 2, lambda _: None, "project")
+        monitor.row(row(start + 1))
+        monitor.amend({"eval_loss": 1.0})
+        monitor.close()
+        assert [r["step"] for r in fake.rows] == [start + 1] * 2 and fake.finished
+        names.append((fake.opened["project"], fake.opened["id"], fake.opened["resume"]))
+    assert names[0] == names[1] and names[0][0] == "project"
+
+
+def test_weights_and_biases_is_asked_for_only_by_who_wants_it(monkeypatch):
+    sinks.check_wandb(None)
+    monkeypatch.setattr(sinks.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--wandb: the package is missing; pip install"):
+        sinks.check_wandb("project")
+
+
+@pytest.mark.parametrize("method", ["__init__", "write", "close"])
+def test_a_sink_that_raises_is_switched_off_once(method):
+    def broken(*_):
+        raise ConnectionError("no route to host")
+
+    methods = {"write": lambda self, values: None, "close": lambda self: None}
+    made = type("Broken", (), methods | {method: broken})
+    lines = []
+    sink = sinks.Background("W&B", made, lines.append)
+    for step in range(3):
+        sink.write({"step": step})
+    sink.close()
+    assert lines == ["WARNING: W&B is switched off: ConnectionError: no route to host"]
+
+
+def test_a_sink_that_hangs_costs_training_no_time(monkeypatch):
+    monkeypatch.setattr(sinks, "MAX_WAITING", 3)
+    monkeypatch.setattr(sinks, "CLOSE_SECONDS", 0.05)
+    release, lines = threading.Event(), []
+    try:
+        for rows, why in ((2, "it did not finish within 0.05 s"), (9, "3 rows wait for it")):
+            sink = sinks.Background("W&B", release.wait, lines.append)
+            begin = time.monotonic()
+            for step in range(rows):
+                sink.write({"step": step})
+            sink.close()
+            assert time.monotonic() - begin < 30  # it would be for ever
+            assert lines.pop() == f"WARNING: W&B is switched off: {why}" and not lines
+    finally:
+        release.set()

@@ -5,12 +5,14 @@ model is frozen: its backward pass is one more pass through its linears (dX; no 
 attention. The tower's is the same plus the adapters, whose own FLOPs (rank 8) are left out.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from mmrstraj_jax.config import ModelConfig, TextConfig, VisionConfig
+from mmrstraj_jax.data.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -97,3 +99,16 @@ def four_n(model: ModelConfig, shapes: Int[np.ndarray, "rows 5"]) -> Float[np.nd
     patches = views * model.vision.num_patches
     visual = (counts.tower + counts.projector) * patches
     return 4 * (visual + counts.decoder * length + counts.head * supervised)
+
+
+def of_step(
+    model: ModelConfig, shapes: Int[np.ndarray, "rows 5"], schedule: Schedule
+) -> Callable[[int], float]:
+    """work(step) -> 4N FLOPs of the rows of that step, over all devices and without padding."""
+    rows = four_n(model, shapes)
+
+    def work(step: int) -> float:
+        numbers = schedule.batch(step)[1].tolist()
+        return float(sum(rows[schedule.members(number)].sum() for number in numbers))
+
+    return work

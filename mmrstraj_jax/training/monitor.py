@@ -14,6 +14,7 @@ import tqdm
 
 from mmrstraj_jax.config import OptimConfig
 from mmrstraj_jax.training.optimizer import GROUPS, Tree, group_of, moment_bytes
+from mmrstraj_jax.training.sinks import Background, TensorBoard, WandB
 
 PARTS = ("vision_tower", "multi_modal_projector", "image_newline", "language_model")
 
@@ -104,11 +105,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class Meter:
-    """Turns a step's metrics into its row. Reading them waits for the device, so it is done one step late."""
+    """Turns a step's metrics into its row. Reading them waits for the device, so it is done one step late.
 
-    def __init__(self):
+    Args:
+        work: 4N FLOPs of a 0-based step over all devices (planning.flops.of_step); None: not counted.
+        peak: FLOP/s of all devices by their data sheets; None where that is not known: no MFU.
+    """
+
+    def __init__(self, work: Callable[[int], float] | None = None, peak: float | None = None):
+        self._work, self._peak = work, peak
         self._ready = time.perf_counter()
         self._waited = 0.0
+        self._useful = 0.0
 
     def fetch(self, batches: Iterator) -> Iterator:
         """The same iterator; the time spent waiting for it counts as data wait."""
@@ -126,8 +134,10 @@ class Meter:
         self._ready, self._waited = time.perf_counter(), 0.0
 
     def row(self, step: int, metrics: Mapping[str, Any], num_samples: int) -> dict[str, Any]:
-        """Waits for the metrics of a step. samples_per_s and tokens_per_s count real rows and tokens, no
-        padding.
+        """Waits for the metrics of a step; `step` counts finished ones, so from 1.
+
+        samples_per_s and tokens_per_s count real rows and tokens, no padding. mfu is the 4N count over
+        seconds x peak. useful_s is the time of all steps so far of this process, waiting for data left out.
         """
         values = {key: value.item() for key, value in metrics.items()}
         now = time.perf_counter()
@@ -139,6 +149,13 @@ class Meter:
             "seconds": seconds,
             "data_wait": min(1.0, waited / seconds),
         }
+        self._useful += seconds - min(seconds, waited)
+        rates["useful_s"] = self._useful
+        if self._work is not None:
+            achieved = self._work(step - 1) / seconds
+            rates["tflops_per_s"] = achieved / 1e12
+            if self._peak is not None:
+                rates["mfu"] = achieved / self._peak
         return {"step": step} | values | rates
 
 
@@ -150,16 +167,30 @@ class Monitor:
         start_step: finished steps; rows after it (lost in a crash, about to be redone) are removed.
         total_steps: N.
         log: takes one line of text.
+        wandb: project of Weights & Biases, or None.
     """
 
-    def __init__(self, run_dir: Path, start_step: int, total_steps: int, log: Callable[[str], None]):
+    def __init__(
+        self,
+        run_dir: Path,
+        start_step: int,
+        total_steps: int,
+        log: Callable[[str], None],
+        wandb: str | None = None,
+    ):
         self._log, self._off = log, set()
         self._path = run_dir / "metrics.jsonl"
         self._plot_path, self._total = run_dir / "loss.png", total_steps
         self.rows = [row for row in read_metrics(self._path) if row["step"] <= start_step]
-        self._writer = None
+        self._useful_before = self.rows[-1].get("useful_s", 0.0) if self.rows else 0.0
+        self._began = time.time()
+        self._guarded("clock.json", lambda: self._read_clock(run_dir / "clock.json"))
         self._guarded("metrics.jsonl", self._rewrite)
-        self._guarded("TensorBoard", lambda: self._open_tensorboard(run_dir / "tb", start_step))
+        folder, began = run_dir / "tb", self._began
+        self._sinks = [Background("TensorBoard", lambda: TensorBoard(folder, start_step), log)]
+        if wandb is not None:
+            made = Background("Weights & Biases", lambda: WandB(wandb, run_dir, began), log)
+            self._sinks.append(made)
         terminal = sys.stderr.isatty()
         self._every = 1 if terminal else max(1, total_steps // 20)
         self.bar = tqdm.tqdm(
@@ -169,9 +200,15 @@ class Monitor:
     def row(self, values: Mapping[str, Any]) -> None:
         """Writes one step's row: step, loss, lr/<group>, grad_norm, samples_per_s, tokens_per_s, ..."""
         values = {key: _plain(value) for key, value in values.items()}
+        if "useful_s" in values:
+            values["useful_s"] += self._useful_before
+            # a clock that was set back must not make it more than all
+            wall = max(time.time() - self._began, values["useful_s"], 1e-9)
+            values["goodput"] = values["useful_s"] / wall
         self.rows.append(values)
         self._guarded("metrics.jsonl", lambda: self._append(values))
-        self._guarded("TensorBoard", lambda: self._tensorboard(values))
+        for sink in self._sinks:
+            sink.write(values)
         self._guarded("bar", lambda: self._progress(values))
 
     def amend(self, values: Mapping[str, Any]) -> None:
@@ -181,7 +218,8 @@ class Monitor:
         added = {key: _plain(value) for key, value in values.items()}
         self.rows[-1] = self.rows[-1] | added
         self._guarded("metrics.jsonl", self._rewrite)
-        self._guarded("TensorBoard", lambda: self._tensorboard(added | {"step": self.rows[-1]["step"]}))
+        for sink in self._sinks:
+            sink.write(added | {"step": self.rows[-1]["step"]})
 
     def plot(self) -> None:
         """Draws loss.png from all rows."""
@@ -190,8 +228,8 @@ class Monitor:
     def close(self) -> None:
         self.plot()
         self._guarded("bar", self.bar.close)
-        if self._writer is not None:
-            self._guarded("TensorBoard", self._writer.close)
+        for sink in self._sinks:
+            sink.close()
 
     # ---- the sinks ----
 
@@ -213,18 +251,12 @@ class Monitor:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
-    def _open_tensorboard(self, folder: Path, start_step: int) -> None:
-        from tensorboardX import SummaryWriter
-
-        # purge: viewers drop what a crashed attempt wrote after the checkpoint
-        self._writer = SummaryWriter(str(folder), purge_step=start_step + 1)
-
-    def _tensorboard(self, values: Mapping[str, Any]) -> None:
-        if self._writer is not None:
-            for key, value in values.items():
-                if isinstance(value, int | float) and key != "step":
-                    self._writer.add_scalar(key, value, values["step"])
-            self._writer.flush()
+    def _read_clock(self, path: Path) -> None:
+        """When the run began: goodput is measured over all its starts."""
+        if path.is_file():
+            self._began = float(json.loads(path.read_text(encoding="utf-8"))["began"])
+        else:
+            path.write_text(json.dumps({"began": self._began}) + "\n", encoding="utf-8")
 
     def _progress(self, values: Mapping[str, Any]) -> None:
         rate = values["samples_per_s"]
@@ -234,6 +266,8 @@ class Monitor:
             "samples/s": f"{rate:.2f}",
             "tokens/s": f"{values['tokens_per_s']:.0f}",
         }
+        if "mfu" in values:
+            shown["MFU"] = f"{100 * values['mfu']:.0f} %"
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(values["step"] - self.bar.n if not self.bar.disable else 0)
         if self.bar.disable and (values["step"] % self._every == 0 or values["step"] in (1, self._total)):
