@@ -15,7 +15,7 @@ from mmrstraj_jax.synthcity import sample as sample_module
 from mmrstraj_jax.synthcity import traffic
 from mmrstraj_jax.synthcity.blocks import content
 from mmrstraj_jax.synthcity.canvas import CLASSES
-from mmrstraj_jax.synthcity.city import CELLS, STYLES, make_city
+from mmrstraj_jax.synthcity.city import make_city
 from mmrstraj_jax.synthcity.labels import KINDS
 from mmrstraj_jax.synthcity.questions import Balancer
 from mmrstraj_jax.synthcity.rand import Stream
@@ -217,32 +217,6 @@ def test_traffic_levels_and_lanes(hundred):
             at = [getattr(i, half) for i in sample.truth.items if i.kind == "car" and i.status == "inside"]
             low = sum(p < 0.5 for p in at)
             assert (low > len(at) - low) == (facts["side"] in ("left", "top"))
-
-
-def to_outline(thing, x, y):
-    """Metres from a point to the rectangle of a thing."""
-    x, y = x - thing.x, y - thing.y
-    cos, sin = math.cos(thing.angle), math.sin(thing.angle)
-    a, b = abs(x * cos + y * sin), abs(y * cos - x * sin)
-    return math.hypot(max(a - thing.length / 2, 0), max(b - thing.width / 2, 0))
-
-
-@pytest.mark.parametrize("style", STYLES)
-def test_nothing_stands_on_a_road(style):
-    city = make_city(11, style)
-    cells = [(i, j) for b in city.blocks for i in range(*b.cells[::2]) for j in range(*b.cells[1::2])]
-    assert sorted(cells) == list(itertools.product(range(CELLS), repeat=2))
-    for block in city.blocks:
-        for thing in content(city, block).things:
-            if thing.kind in (*BUILDINGS, "pool", "tank"):
-                for road in city.roads_near(thing.x - 5, thing.y - 5, thing.x + 5, thing.y + 5):
-                    points = [
-                        (a[0] + (b[0] - a[0]) * k / 20, a[1] + (b[1] - a[1]) * k / 20)
-                        for a, b in itertools.pairwise(road.points)
-                        for k in range(21)
-                    ]
-                    gap = min(to_outline(thing, *p) for p in points)
-                    assert gap > road.width / 2, (block.use, thing.kind, road.cls)
 
 
 def test_labels_sum_up(hundred):
