@@ -29,6 +29,7 @@ from mmrstraj_jax import settings
 from mmrstraj_jax.construction import candidates, review, rsi_instruct, rsi_traffic, selection, windows
 from mmrstraj_jax.construction.candidates import Trajectories
 from mmrstraj_jax.construction.dataset import Look
+from mmrstraj_jax.construction.manifest import load
 from mmrstraj_jax.construction.review import Review
 from mmrstraj_jax.construction.rsi_instruct import Instruct
 from mmrstraj_jax.construction.rsi_traffic import Traffic
@@ -122,9 +123,11 @@ def main(args: list[str]) -> int:
     steps = [name for name in STEPS if name in tables and name != "review"] if step == "all" else [step]
     for name in steps:
         part = getattr(config, name.replace("-", "_")) if step == "all" else config
+        report = Path(out) / name / "manifest.json"
+        before = report.exists() and load(report)["status"] == "finished"
         STEPS[name](Path(out), part, look)
-        if not (plan or preview or name == "review"):
-            print(f"{name}: {Path(out) / name / 'manifest.json'}", file=sys.stderr)
+        if not look and name != "review":
+            print(f"{name}: {'finished before, nothing to do: ' if before else ''}{report}", file=sys.stderr)
     return 0
 
 

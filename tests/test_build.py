@@ -133,6 +133,9 @@ def test_plan_and_preview(built, world, model, tmp_path, capsys):
     assert build.main([*words, "--preview", "3"]) == 0
     shown, calls = capsys.readouterr().out, sum(model.tries.values())
     assert shown.count("--- ") == 3 and "Q: " in shown and 3 <= calls <= 9
+    # a look binds nobody: other settings may follow it
+    assert build.main([*words, "--basic", "0.5", "--plan"]) == 0
+    capsys.readouterr()
     assert build.main([*words, "--plan"]) == 0 and f"({calls} more are in the log)" in capsys.readouterr().out
     assert build.main(words) == 0
     assert max(model.paid.values()) == 1

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from mmrstraj_jax import build
+from mmrstraj_jax import build, jsonl
 from mmrstraj_jax.construction import quality, selection
+from mmrstraj_jax.construction.files import sha256
 from mmrstraj_jax.construction.tiles import Window, window_at
 from mmrstraj_jax.construction.trajectories import Trajectory
 from mmrstraj_jax.errors import UserError
@@ -146,6 +147,8 @@ def test_planted_defects_are_rejected_with_their_reason_and_people_overrule(tmp_
     }
     for record, image in zip(records, defects.values(), strict=False):
         Image.fromarray(image).save(folder / record["image"])
+        record["sha256"] = sha256(folder / record["image"])
+    index.write_text("".join(map(jsonl.dump, records)))
     out, people = tmp_path / "scored", tmp_path / "people.jsonl"
     low = dict.fromkeys(quality.AXES, 1)
     given = [{"id": records[4]["id"], "reviewer": name} | low for name in ("ann", "bo")]

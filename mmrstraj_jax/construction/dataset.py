@@ -77,6 +77,9 @@ class Look:
     plan: bool = False
     preview: int = 0
 
+    def __bool__(self) -> bool:
+        return self.plan or self.preview > 0
+
 
 @dataclass
 class Sample:
@@ -106,39 +109,43 @@ class Sample:
         return {"id": self.id, "split": self.split, "turns": self.made} | self.about
 
 
-def build(
-    step: Step,
-    name: str,
-    config: ModelSettings,
-    conversations: Sequence[Callable[[], Conversation]],
-    look: Look,
-    dropped: Counter | None = None,
-) -> None:
-    """Runs the conversations (each ends in a Sample, or in None with nothing to keep) and writes the set.
+Starts = Sequence[Callable[[], Conversation]]
 
-    Raises UserError: see Client.run.
+
+def build(step: Step, name: str, config: ModelSettings, starts: Starts, dropped: Counter) -> None:
+    """Runs the conversations, each of which ends in a Sample, and writes the set.
+
+    Args:
+      dropped: what was left out before, by reason.
+    Raises:
+      UserError: see Client.run.
     """
-    folder = step.folder
+    samples, _ = _talk(step.folder, name, config, starts)
+    outputs = write(step.folder, name, samples)
+    step.finish(counts(samples) | {"dropped": dict(sorted(dropped.items()))}, outputs)
+
+
+def look_first(folder: Path, name: str, config: ModelSettings, starts: Starts, look: Look) -> None:
+    """--plan and --preview: print, and leave nothing in the folder but the log of what was paid."""
     if look.plan:
-        print(plan(conversations, config.model, folder / CALLS, config.prices))
+        print(plan(starts, config.model, folder / CALLS, config.prices))
         return
-    if look.preview:
-        conversations = conversations[: look.preview]
+    samples, spent = _talk(folder, name, config, starts[: look.preview])
+    for sample in samples:
+        print(_text(sample))
+    print(f"{len(samples)} samples, ${spent:.4f} by the log; the run will not ask for them again")
+
+
+def _talk(folder: Path, name: str, config: ModelSettings, starts: Starts) -> tuple[list[Sample], float]:
+    """(samples, dollars spent by the log)."""
     client = config.client(folder / CALLS)
-    with tqdm(total=len(conversations), desc=name, unit=" samples", disable=None) as bar:
+    with tqdm(total=len(starts), desc=name, unit=" samples", disable=None) as bar:
 
         def progress(done: int, spent: float) -> None:
             bar.set_postfix_str(f"${spent:.4f}", refresh=False)
             bar.update(done - bar.n)
 
-        samples = client.run(conversations, progress)
-    if look.preview:
-        for sample in samples:
-            print(_text(sample))
-        print(f"{len(samples)} samples, ${client.spent:.4f} by the log; the run will not ask for them again")
-        return
-    outputs = write(folder, name, samples)
-    step.finish(counts(samples) | ({"dropped": dict(sorted(dropped.items()))} if dropped else {}), outputs)
+        return client.run(starts, progress), client.spent
 
 
 def _text(sample: Sample) -> str:

@@ -83,7 +83,9 @@ class Step:
         self._given = given
         path = self.folder / NAME
         if not path.exists():
-            strangers = [file.name for file in self.folder.iterdir() if file.name != ".lock"]
+            # a preview leaves its log of calls, which the build goes on with
+            own = (".lock", "calls.jsonl")
+            strangers = [file.name for file in self.folder.iterdir() if file.name not in own]
             if strangers:
                 raise UserError(
                     f"{self.folder}: holds {min(strangers)} but no {NAME}; expected a new or empty folder"

@@ -45,16 +45,18 @@ def run(folder: Path, config: Instruct, look: Look = Look()) -> None:  # noqa: B
     ratios = prompts.Ratios(instruct_second=config.second)
     if not config.captions:
         raise UserError("--captions: expected RSICap's captions.json, or rows in the LLaVA-OneVision form")
+    dropped: Counter = Counter()
+    samples = list(_captions(config, dropped))
+    samples = samples[: config.limit] if config.limit else samples
+    if not samples:
+        raise UserError(f"{config.captions}: no usable caption; dropped: {dict(dropped)}")
+    starts = [functools.partial(_converse, sample, ratios, config) for sample in samples]
+    if look:
+        dataset.look_first(folder, "rsi_instruct", config, starts, look)
+        return
     with Step(folder, "rsi-instruct", config, {"captions": Path(config.captions)}) as step:
-        if step.done:
-            return
-        dropped: Counter = Counter()
-        samples = list(_captions(config, dropped))
-        samples = samples[: config.limit] if config.limit else samples
-        if not samples:
-            raise UserError(f"{config.captions}: no usable caption; dropped: {dict(dropped)}")
-        starts = [functools.partial(_converse, sample, ratios, config) for sample in samples]
-        dataset.build(step, "rsi_instruct", config, starts, look, dropped)
+        if not step.done:
+            dataset.build(step, "rsi_instruct", config, starts, dropped)
 
 
 def _captions(config: Instruct, dropped: Counter) -> Iterator[Captioned]:

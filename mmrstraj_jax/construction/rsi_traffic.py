@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,15 +42,17 @@ def run(folder: Path, imagery: Path, quality: Path, config: Traffic, look: Look 
     finished(quality, "quality")
     inputs = {"images": quality / selection.SCORES}
     inputs |= {"context": Path(config.context)} if config.context else {}
+    context = _context(Path(config.context)) if config.context else {}
+    starts = [
+        functools.partial(_converse, row, imagery / "images" / row["image"], context, ratios, config)
+        for row in selection.accepted(quality)
+    ]
+    if look:
+        dataset.look_first(folder, "rsi_traffic", config, starts, look)
+        return
     with Step(folder, "rsi-traffic", config, inputs) as step:
-        if step.done:
-            return
-        context = _context(Path(config.context)) if config.context else {}
-        starts = [
-            functools.partial(_converse, row, imagery / "images" / row["image"], context, ratios, config)
-            for row in selection.accepted(quality)
-        ]
-        dataset.build(step, "rsi_traffic", config, starts, look)
+        if not step.done:
+            dataset.build(step, "rsi_traffic", config, starts, Counter())
 
 
 def _converse(

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from mmrstraj_jax import jsonl
 from mmrstraj_jax.construction import candidates, quality, tiles, windows
-from mmrstraj_jax.construction.files import lines_writer, read_lines
+from mmrstraj_jax.construction.files import lines_writer, read_lines, sha256
 from mmrstraj_jax.construction.imagery import decode
 from mmrstraj_jax.construction.manifest import Step, finished
 from mmrstraj_jax.errors import UserError
@@ -112,6 +112,8 @@ def _measure(path: Path, imagery: Path, records: list[dict]) -> dict[str, dict[s
             if record["sha256"] in known:
                 continue
             place = imagery / "images" / record["image"]
+            if not place.is_file() or sha256(place) != record["sha256"]:
+                raise UserError(f"{place}: missing or changed since it was made; build the imagery again")
             pixels = decode(place.read_bytes(), str(place))
             bits = np.packbits(quality.perceptual_hash(pixels)).tobytes().hex()
             row = {"sha256": record["sha256"], "hash": bits}

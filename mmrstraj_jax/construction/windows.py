@@ -74,8 +74,8 @@ def run(folder: Path, trips: Path, config: Imagery) -> None:
             f"{record['region'] or 'elsewhere'}, zoom {record['window']['zoom']}" for record in records
         )
         counts = {"images": dict(sorted(zooms.items())), "dropped": dict(sorted(dropped.items()))}
-        # the index holds every image's hash
-        step.finish(counts, [folder / INDEX])
+        images = [folder / "images" / record["image"] for record in records]
+        step.finish(counts, [folder / INDEX, *images, *(path.with_suffix(".json") for path in images)])
 
 
 def _windows(trip: Trajectory, config: Imagery, dropped: Counter):
