@@ -14,7 +14,7 @@ SET_UP_DEV := $(VENV)/.set-up-dev
 
 # A half-written file must not count as made
 .DELETE_ON_ERROR:
-.PHONY: demo test slow lint clean
+.PHONY: demo test slow faults lint clean
 
 demo: $(SET_UP)
 	$(PY) -m mmrstraj_jax.train --config stage1
@@ -27,6 +27,10 @@ test: lint
 
 slow: $(SET_UP_DEV)
 	$(PY) -m pytest -q -m slow
+
+# One at a time: the faults of two tests must not meet
+faults: $(SET_UP_DEV)
+	$(PY) -m pytest -q -m 'faults and not slow' --durations=10
 
 lint: $(SET_UP_DEV)
 	$(PY) -m ruff check .

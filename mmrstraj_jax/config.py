@@ -169,10 +169,11 @@ class OptimConfig:
     weight_decay: float = 0.0
     warmup_ratio: float = 0.03
     clip_norm: float = 1.0  # 0 switches clipping off
+    skip_norm: float = 0.0  # an update with a larger gradient norm is dropped and counted; 0: none is
     schedule: str = "cosine"
 
     def __post_init__(self):
-        for key in ("tower_lr", "projector_lr", "other_lr", "weight_decay", "clip_norm"):
+        for key in ("tower_lr", "projector_lr", "other_lr", "weight_decay", "clip_norm", "skip_norm"):
             if getattr(self, key) < 0:
                 raise UserError(f"optim.{key} {getattr(self, key)}: expected 0 or more")
         if not 0 <= self.warmup_ratio <= 1:
@@ -217,6 +218,20 @@ class LoaderConfig:
 
 
 @dataclass(frozen=True)
+class ClusterConfig:
+    """Patience with other processes, in seconds. None of it changes what a step trains on."""
+
+    start_timeout: float = 300.0  # until all processes have come
+    heartbeat: float = 60.0  # without a sign of life a process counts as dead
+    step_timeout: float = 1800.0  # without progress a run counts as stuck; longer than compiling takes
+
+    def __post_init__(self):
+        for key in ("start_timeout", "heartbeat", "step_timeout"):
+            if getattr(self, key) < 1:
+                raise UserError(f"cluster.{key} {getattr(self, key)}: expected seconds, 1 or more")
+
+
+@dataclass(frozen=True)
 class Config:
     """One training run."""
 
@@ -234,6 +249,7 @@ class Config:
     steps: int = 0  # 0: as many as the epochs give
     batch_size: int = 8  # global, whatever the device count
     micro_batch_size: int = 1  # per device; accumulation fills up to batch_size
+    fsdp: int = 1  # devices that share one copy of the weights; the rest of the devices is data parallel
     max_length: int = 4096  # longer rows are bad rows: nothing is ever cut
     packing: bool = False  # several samples share a row of up to max_length tokens; batch_size counts rows
     seed: int = 0
@@ -247,11 +263,14 @@ class Config:
     optim: OptimConfig = OptimConfig()
     images: ImagePolicy = ImagePolicy()
     loader: LoaderConfig = LoaderConfig()
+    cluster: ClusterConfig = ClusterConfig()
     eval_every: int = 0  # steps; 0: at the end only
     eval_samples: int = 256
     save_every: int = 100
     keep_last: int = 3
     log_every: int = 1
+    wandb: str | None = None  # Weights & Biases project; needs the extra of that name
+    compilation_cache: str | None = None  # folder that keeps compiled programs; may be shared, may be deleted
     view_buckets: tuple[int, ...] = (1, 2, 3, 5, 7, 10, 13, 17, 21, 26, 31, 37)
     length_multiple: int = 128  # sequence lengths are rounded up to a multiple of this, in geometric steps
     notes: str = field(default="", metadata={"help": "free text kept in config.json"})
@@ -270,7 +289,7 @@ class Config:
                 raise UserError(f"{key} {getattr(self, key)!r}: expected one of {', '.join(allowed)}")
         _check_names("train_full", self.train_full, TRAINABLE_PARTS)
         least = dict.fromkeys(("steps", "seed", "eval_every", "eval_samples"), 0) | dict.fromkeys(
-            ("epochs", "batch_size", "micro_batch_size", "max_length", "length_multiple"), 1
+            ("epochs", "batch_size", "micro_batch_size", "fsdp", "max_length", "length_multiple"), 1
         )
         for key, value in (least | {"save_every": 1, "keep_last": 1, "log_every": 1}).items():
             if getattr(self, key) < value:

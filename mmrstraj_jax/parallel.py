@@ -6,7 +6,7 @@ axis that the scan runs over. The batch is split over both axes.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -54,20 +54,46 @@ def partition_spec(name: str, shape: tuple[int, ...], fsdp: int) -> P:
     return P()
 
 
+def sharding_of(name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """Where the parameter of this flat name lies."""
+    return NamedSharding(mesh, partition_spec(name, shape, mesh.shape["fsdp"]))
+
+
 def parameter_shardings(tree: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
     """Sharding of every leaf of a flat tree (arrays or ShapeDtypeStructs)."""
-    fsdp = mesh.shape["fsdp"]
-    return {name: NamedSharding(mesh, partition_spec(name, leaf.shape, fsdp)) for name, leaf in tree.items()}
+    return {name: sharding_of(name, leaf.shape, mesh) for name, leaf in tree.items()}
 
 
 def shard_parameters(tree: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
-    """The same flat tree, placed on the mesh."""
-    return jax.device_put(dict(tree), parameter_shardings(tree, mesh))
+    """The same flat tree, placed on the mesh. With several processes each holds all of it, or its shards."""
+    shardings = parameter_shardings(tree, mesh)
+    return {name: _place(leaf, shardings[name]) for name, leaf in tree.items()}
 
 
-def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Any pytree, whole on every device."""
-    return jax.device_put(tree, NamedSharding(mesh, P()))
+def _place(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
+    if leaf.sharding == sharding or sharding.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    # Each process places its own shards: device_put would first compare the whole array across processes
+    host = np.asarray(leaf)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def optimizer_shardings(opt_state: Any, mesh: Mesh) -> Any:
+    """Sharding of every leaf of an optimizer state (arrays or ShapeDtypeStructs): moments lie where their
+    parameter lies, counters on every device.
+    """
+
+    def where(path: tuple, leaf: Any) -> NamedSharding:
+        name = str(getattr(path[-1], "key", ""))
+        return sharding_of(name, leaf.shape, mesh)
+
+    return jax.tree.map_with_path(where, opt_state)
+
+
+def init_optimizer(init: Callable[[Any], Any], trainable: Mapping[str, Any], mesh: Mesh) -> Any:
+    """init(trainable), made where it belongs."""
+    shardings = optimizer_shardings(jax.eval_shape(init, dict(trainable)), mesh)
+    return jax.jit(init, out_shardings=shardings)(dict(trainable))
 
 
 def shard_batch(batch: Any, mesh: Mesh, *, batch_axis: int) -> Any:
@@ -77,11 +103,6 @@ def shard_batch(batch: Any, mesh: Mesh, *, batch_axis: int) -> Any:
     """
     sharding = NamedSharding(mesh, P(*[None] * batch_axis, BATCH_AXES))
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
-
-
-def replicate_scalars(tree: Any, mesh: Mesh) -> Any:
-    """Puts scalars on the whole mesh and leaves arrays where they are: counters beside sharded moments."""
-    return jax.tree.map(lambda x: x if x.ndim else replicate(x, mesh), tree)
 
 
 def shardings_of(tree: Any) -> Any:

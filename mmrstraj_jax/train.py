@@ -5,96 +5,165 @@
     --FIELD VALUE    override a setting: --model 7b --weights DIR --data A.json:0.7,B.json:0.3 --steps 100
     --help           all settings
 
-The same command again goes on with an unfinished run. SIGINT or SIGTERM saves at the next step boundary and
-exits with code 75 ("run me again"); a second one stops at once. Bad input: one line, exit code 2.
+The same command again goes on with an unfinished run; only if asked with other settings or data, or from the
+start where no checkpoint is intact:
+
+    --allow-config-change    --allow-fresh
+
+Several processes: under SLURM and in Kubernetes they find each other, elsewhere each is started with
+
+    --coordinator HOST:PORT --num-processes N --process-id I
+
+Exit codes: 0 finished; 2 bad input, one line on stderr; 75 stopped by SIGINT or SIGTERM, saved at the next
+step boundary, "run me again" (a second signal stops at once); 69 another process is dead or stuck, "run me
+again"; 1 anything else (docs/reliability.md).
 """
 
 import json
+import os
+import sys
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from mmrstraj_jax import environment
 from mmrstraj_jax.config import Config, format_config, load_config
-from mmrstraj_jax.errors import run_command
+from mmrstraj_jax.errors import UserError, run_command
 from mmrstraj_jax.settings import take_flag, take_option
 
+if TYPE_CHECKING:
+    from mmrstraj_jax.training.distributed import Place
 
-def train(config: Config, overridden: frozenset[str] = frozenset()) -> Path:
+
+@dataclass(frozen=True)
+class Launch:
+    """What belongs to this start of a run and not to the run."""
+
+    place: "Place | None" = None  # among other processes; None: alone
+    allow_fresh: bool = False  # start over where no checkpoint is intact
+    allow_config_change: bool = False  # go on with other settings or data
+
+
+class Silent:
+    """Stands in for log and monitor in every process but the first."""
+
+    def __call__(self, *_) -> None:
+        """Shows nothing."""
+
+    open = row = amend = plot = close = __call__
+
+
+def train(config: Config, overridden: frozenset[str] = frozenset(), launch: Launch = Launch()) -> Path:
     """Runs, or goes on with, the run of this config; returns its directory.
 
     Args:
         config: the whole run.
         overridden: dotted names of fields that were set by hand (load_config); named in errors and in the
             first line.
+        launch: this process among others, and what is allowed at a resume.
     Raises:
         UserError: bad input, before anything is written where possible.
         Stopped: SIGINT or SIGTERM; the state is saved.
         Diverged: too many non-finite updates in a row; the last good checkpoint stands.
         FrozenWeightsChanged: a frozen leaf is not what it was; nothing was saved.
+        SaveFailed: a checkpoint could not be written; those before it stand.
+        LockLost: another run took the directory over; nothing was saved.
     """
     # Here, because --help and --print-config should not wait for JAX.
     import jax
 
     from mmrstraj_jax import parallel
+    from mmrstraj_jax.planning import flops, gpus
     from mmrstraj_jax.synthcity.sample import cache_root
-    from mmrstraj_jax.training import run, setup
+    from mmrstraj_jax.training import compilation_cache, run, setup, sinks
     from mmrstraj_jax.training import state as states
     from mmrstraj_jax.training.checkpoint import Checkpoints, best_step
+    from mmrstraj_jax.training.distributed import Processes
+    from mmrstraj_jax.training.lock import RunLock
     from mmrstraj_jax.training.monitor import Log, Meter, Monitor, parameter_table
     from mmrstraj_jax.training.optimizer import Optimizer, check_groups
     from mmrstraj_jax.training.resilience import MAX_SKIPPED, Diverged, Stopped, StopSignal
     from mmrstraj_jax.training.step import build_eval_step, build_step
     from mmrstraj_jax.training.validation import evaluate
 
-    log = Log()
-    with StopSignal() as stop, ExitStack() as stack:
+    with StopSignal() as stop, Processes(launch.place, config.cluster) as processes, ExitStack() as stack:
         # What is trained on what, and may it start?
+        beat = processes.watchdog.beat
+        log = Log() if processes.primary else Silent()
+        processes.agree("settings", run.facts(config))
+        sinks.check_wandb(config.wandb)
         sources = setup.sources(config)
         log(setup.describe(config, sources, overridden))
         run_dir = Path(config.run_dir or f"runs/{config.name}")
-        found = run.status(run_dir, config)
+        allowed = {"allow_fresh": launch.allow_fresh, "allow_config_change": launch.allow_config_change}
+        found = processes.from_first(lambda: run.status(run_dir, config, **allowed, say=log))
         if found == "finished":
             log(f"{run_dir} is finished: {json.dumps(run.read_json(run_dir / 'summary.json'))}")
             return run_dir
-        mesh = parallel.make_mesh()
-        micro_rows = setup.global_micro_batch(config)
+        if config.compilation_cache is not None:
+            compilation_cache.use(config.compilation_cache, log)
+        mesh = parallel.make_mesh(config.fsdp)
+        micro_rows = setup.global_micro_batch(config) // processes.count
+        lock = RunLock(run_dir)
+        checkpoints = Checkpoints(run_dir / "checkpoints", config.keep_last, say=log)
+
+        def claim() -> int | None:
+            run.prepare(run_dir)
+            stack.enter_context(lock)
+            checkpoints.clean()
+            return checkpoints.newest_intact(launch.allow_fresh) if found == "resume" else None
+
+        saved_step = processes.from_first(claim)
+        stack.enter_context(closing(checkpoints))
 
         # Model, then data: the tokenizer comes with the weights
-        start = run.start(config) if found == "new" else run.reopen(run_dir, config)
+        start = run.start(config, mesh) if saved_step is None else run.reopen(run_dir, config, mesh)
         graphdef, trainable, frozen = states.split(start.model)
         check_groups(trainable, overridden)
         data = setup.load_data(config, sources, start, cache_root() / "index", log)
+        held_out = data.held_out and data.held_out.index.fingerprint
+        processes.agree(
+            "data and weights",
+            {
+                "data": data.train.index.fingerprint,
+                "eval_data": held_out,
+                "weights": start.base["fingerprint"],
+            },
+        )
         trainable, frozen = (parallel.shard_parameters(tree, mesh) for tree in (trainable, frozen))
         total = setup.total_steps(config, data.train)
         optimizer = Optimizer(config.optim, total)
-        opt_state = parallel.replicate_scalars(optimizer.init(trainable), mesh)
+        opt_state = parallel.init_optimizer(optimizer.init, trainable, mesh)
 
-        # Run directory
-        if found == "new":
+        # Run directory and state
+        first, meta = 0, {"total_steps": total, "seed": config.seed, "data": data.train.index.fingerprint}
+        if saved_step is None:
             base = start.base | {"frozen": states.checksum(frozen)}
-            run.create(run_dir, config, base, start.tokenizer_dir)
+            processes.from_first(lambda: run.create(run_dir, config, base, start.tokenizer_dir))
         else:
             base = start.base
             states.check_frozen(frozen, base["frozen"], "at the start")
+            first, trainable, opt_state, saved = checkpoints.restore(saved_step, trainable, opt_state)
+            run.check_resumable(run_dir, saved, meta, launch.allow_config_change, log)
+            if launch.allow_config_change:
+                processes.from_first(lambda: run.change_config(run_dir, config))
         log.open(run_dir / "log.txt")
         for line in parameter_table(trainable, frozen, config.optim):
             log(line)
 
-        # State
-        checkpoints = stack.enter_context(
-            closing(Checkpoints(run_dir / "checkpoints", config.keep_last, say=log))
-        )
-        first, meta = 0, {"total_steps": total, "seed": config.seed, "data": data.train.index.fingerprint}
-        restored = checkpoints.restore(trainable, opt_state)
-        if restored is not None:
-            first, trainable, opt_state, saved = restored
-            run.check_resumable(run_dir, saved, meta)
+        if first:
             log(f"going on after step {first} of {total} in {run_dir}")
-        monitor = stack.enter_context(closing(Monitor(run_dir, first, total, log)))
-        meter = Meter()
+        monitor = Monitor(run_dir, first, total, log, config.wandb) if processes.primary else Silent()
+        stack.enter_context(closing(monitor))
+        gpu = gpus.of_kind(jax.devices()[0].device_kind)
+        work = flops.of_step(start.config, data.train.index.shapes, data.train.schedule)
+        meter = Meter(work, gpu and gpu.tflops * 1e12 * jax.device_count())
+        told_to_stop = processes.vote(stop, mesh)
         train_step = build_step(
             graphdef, optimizer, config, placed=parallel.shardings_of((trainable, opt_state))
         )
-        eval_step = build_eval_step(graphdef, config)
+        eval_step = build_eval_step(graphdef, config, mesh)
 
         def write_row(step, metrics, num_samples) -> None:
             row = meter.row(step, metrics, num_samples)
@@ -103,17 +172,21 @@ def train(config: Config, overridden: frozenset[str] = frozenset()) -> Path:
             if row["skipped"]:
                 ids = ", ".join(str(name) for name in data.train.ids(step - 1) if name is not None)
                 log(
-                    f"WARNING: step {step}: loss {row['loss']}, grad_norm {row['grad_norm']}: not finite, "
+                    f"WARNING: step {step}: loss {row['loss']}, grad_norm {row['grad_norm']}: not usable, "
                     f"update not applied ({row['skipped']} in a row); rows {ids}"
                 )
                 if row["skipped"] >= MAX_SKIPPED:
                     raise Diverged(
-                        f"{run_dir}: {MAX_SKIPPED} updates in a row were not finite, the last at step {step} "
+                        f"{run_dir}: {MAX_SKIPPED} updates in a row were not usable, the last at step {step} "
                         f"(rows {ids}); look at these rows, or lower the learning rates"
                     )
 
         def score(step) -> dict[str, float]:
-            scores = evaluate(eval_step, trainable, frozen, data, mesh, lambda: stop.requested)
+            def interrupted() -> bool:
+                beat(f"evaluating after step {step}")
+                return told_to_stop()
+
+            scores = evaluate(eval_step, trainable, frozen, data, mesh, interrupted)
             if scores:
                 monitor.amend(scores)
                 log(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
@@ -122,7 +195,8 @@ def train(config: Config, overridden: frozenset[str] = frozenset()) -> Path:
 
         if first == 0 and "eval" not in base:  # what training has to beat
             base = base | {"eval": score(0)}
-            run.write_json(run_dir / "base.json", base)
+            if processes.primary:
+                run.write_json(run_dir / "base.json", base)
 
         # The largest program first, on a copy and on padding: memory that does not suffice shows now
         if (largest := data.train.schedule.largest(first, total)) is not None:
@@ -135,29 +209,38 @@ def train(config: Config, overridden: frozenset[str] = frozenset()) -> Path:
 
         # Loop: the metrics of a step are read while the next one computes
         stop.arm()
+        processes.watchdog.arm()
+        beat(f"preparing the batch of step {first + 1}")
         scores: dict[str, float] = {}
         pending = None
         for step, _, batch in meter.fetch(data.train.iterate(first, total)):
             num_samples = data.train.schedule.num_samples(step)
+            beat(f"running step {step + 1}")
             batch = parallel.shard_batch(setup.fold(batch, micro_rows), mesh, batch_axis=1)
             trainable, opt_state, metrics = train_step(trainable, opt_state, frozen, batch, step)
+            checkpoints.check()
             if pending is not None:
                 write_row(*pending)
             done, pending = step + 1, (step + 1, metrics, num_samples)
             eval_due = done == total or (config.eval_every and done % config.eval_every == 0)
-            if not (eval_due or stop.requested or done % config.save_every == 0):
-                continue
-            write_row(*pending)
-            pending = None
-            scores = score(done) if eval_due and not stop.requested else {}
-            states.check_frozen(frozen, base["frozen"], f"step {done}")
-            checkpoints.save(done, trainable, opt_state, meta, scores.get("eval_loss"))
-            monitor.plot()
-            meter.pause()
-            if stop.requested and (done < total or not scores):
-                raise Stopped(
-                    f"{stop.requested} after step {done} of {total}, which is saved; same command to go on"
-                )
+            stopping = told_to_stop()
+            if eval_due or stopping or done % config.save_every == 0:
+                write_row(*pending)
+                pending = None
+                scores = score(done) if eval_due and not stopping else {}
+                states.check_frozen(frozen, base["frozen"], f"step {done}")
+                beat(f"saving step {done}")
+                if processes.primary:
+                    lock.check()
+                checkpoints.save(done, trainable, opt_state, meta, scores.get("eval_loss"))
+                monitor.plot()
+                meter.pause()
+                if told_to_stop() and (done < total or not scores):
+                    checkpoints.wait()
+                    processes.meet()
+                    why = stop.requested or "another process was told to stop:"
+                    raise Stopped(f"{why} after step {done} of {total}, which is saved; run it again")
+            beat(f"preparing the batch of step {done + 1}")
         if first == total:  # stopped in its last evaluation
             scores = score(total)
         compiled, buckets = train_step._cache_size(), len(data.train.schedule.buckets)
@@ -168,11 +251,14 @@ def train(config: Config, overridden: frozenset[str] = frozenset()) -> Path:
         )
 
         # Only now the run is finished
+        beat("finishing")
         checkpoints.wait()
         monitor.plot()
-        best = best_step(run_dir / "checkpoints")
-        summary = {"steps": total, "best_step": best, "before": base["eval"]} | scores
-        run.write_json(run_dir / "summary.json", summary)
+        if processes.primary:
+            best = best_step(run_dir / "checkpoints")
+            summary = {"steps": total, "best_step": best, "before": base["eval"]} | scores
+            run.write_json(run_dir / "summary.json", summary)
+        processes.meet()
         for name in ("eval_loss", "eval_accuracy"):
             if name in scores:
                 log(f"held-out {name.removeprefix('eval_')}: {base['eval'][name]:.4f} -> {scores[name]:.4f}")
@@ -186,20 +272,33 @@ def train(config: Config, overridden: frozenset[str] = frozenset()) -> Path:
 def main(args: list[str]) -> int:
     from_user, args = take_option(args, "--config")
     show, args = take_flag(args, "--print-config")
+    fresh, args = take_flag(args, "--allow-fresh")
+    change, args = take_flag(args, "--allow-config-change")
+    place = []
+    for name in ("--coordinator", "--num-processes", "--process-id"):
+        value, args = take_option(args, name)
+        place.append(value)
     config, overridden = load_config(from_user or "stage1", args)
     if show:
         print(format_config(config))
         return 0
+    environment.check(os.environ, print)
+    from mmrstraj_jax.training.checkpoint import SaveFailed
+    from mmrstraj_jax.training.distributed import find_place, leave
+    from mmrstraj_jax.training.lock import LockLost
     from mmrstraj_jax.training.resilience import EXIT_STOPPED, Diverged, Stopped
 
     try:
-        train(config, overridden)
+        train(config, overridden, Launch(find_place(tuple(place), os.environ), fresh, change))
     except Stopped as stopped:
         print(f"stopped: {stopped}")
-        return EXIT_STOPPED
-    except Diverged as error:
-        print(f"error: {error}")
-        return 1
+        return leave(EXIT_STOPPED)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return leave(2)
+    except (Diverged, SaveFailed, LockLost) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return leave(1)
     return 0
 
 

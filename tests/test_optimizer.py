@@ -118,6 +118,19 @@ def test_nothing_moves_on_a_non_finite_step(poison):
     assert metrics["skipped"] == 0
 
 
+def test_a_spike_is_clipped_or_by_policy_dropped_and_counted():
+    params, grads = tree(0), tree(1, scale=1e6)
+    for skip_norm, skipped in ((0.0, 0), (1e3, 1)):
+        optimizer = Optimizer(dataclasses.replace(CONFIG, clip_norm=1.0, skip_norm=skip_norm), 10)
+        after, state, metrics = optimizer.update(grads, optimizer.init(params), params, jnp.float32(1), 5)
+        assert metrics["skipped"] == skipped and metrics["grad_norm"] > 1e5
+        assert skipped == all(np.array_equal(after[name], params[name]) for name in params)
+        total = sum(float((value.astype(jnp.float32) ** 2).sum()) for value in state.adam.mu.values())
+        assert total**0.5 <= 0.1 * 1.0001  # (1 - b1) x a gradient of norm 1, or nothing
+        *_, metrics = optimizer.update(tree(2), state, after, jnp.float32(1), 6)
+        assert metrics["skipped"] == 0
+
+
 def test_an_empty_group_that_was_overridden_is_named():
     check_groups({"vision_tower.x", "multi_modal_projector.x"}, {"optim.tower_lr", "steps"})
     with pytest.raises(UserError, match="optim.other_lr.*'other' has no trainable"):

@@ -67,7 +67,7 @@ def three_steps(fsdp: int) -> dict:
     before = states.checksum(frozen)
     trainable, frozen = (parallel.shard_parameters(tree, mesh) for tree in (trainable, frozen))
     optimizer = Optimizer(config.optim, 10)
-    opt_state = parallel.replicate_scalars(optimizer.init(trainable), mesh)
+    opt_state = parallel.init_optimizer(optimizer.init, trainable, mesh)
     step = build_step(graphdef, optimizer, config, placed=parallel.shardings_of((trainable, opt_state)))
     losses = []
     for index in range(3):

@@ -16,7 +16,7 @@ import training_case as case
 from mmrstraj_jax import config as configs
 from mmrstraj_jax.config import LoRAConfig
 from mmrstraj_jax.errors import UserError
-from mmrstraj_jax.train import main, train
+from mmrstraj_jax.train import Launch, main, train
 from mmrstraj_jax.training import run, setup
 from mmrstraj_jax.training import state as states
 from mmrstraj_jax.training.checkpoint import Checkpoints, finished_steps
@@ -135,6 +135,22 @@ def test_another_config_is_shown_and_refused(straight):
     assert train(replace(config, notes="only a note")) == run_dir
 
 
+def test_another_config_goes_on_if_asked(straight, tmp_path, capsys):
+    """One step more than the finished run had: it is unfinished again, and its config is the new one."""
+    run_dir = Path(shutil.copytree(straight[0], tmp_path / "run"))
+    longer = replace(straight[1], run_dir=str(run_dir), steps=7)
+    with pytest.raises(UserError, match="another config: steps: 6 -> 7.*--allow-config-change"):
+        train(longer)
+    train(longer, launch=Launch(allow_config_change=True))
+    out = capsys.readouterr().out
+    assert "goes on with another config: steps: 6 -> 7" in out and "total_steps 6 -> 7" in out
+    assert [row["step"] for row in read_metrics(run_dir / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6, 7]
+    assert (
+        run.read_config(run_dir) == longer
+        and json.loads((run_dir / "summary.json").read_text())["steps"] == 7
+    )
+
+
 def test_the_frozen_weights_are_those_of_the_file(straight):
     run_dir, config = straight
     _, trainable, frozen = final_state(run_dir)
@@ -231,8 +247,9 @@ def test_a_run_that_never_saved_starts_again(world, tmp_path):
     run.create(tmp_path / "run", config, start.base, start.tokenizer_dir)
     assert run.status(tmp_path / "run", replace(config, seed=3)) == "new"
     (tmp_path / "run" / "checkpoints" / "unreadable-2").mkdir(parents=True)
-    with pytest.raises(UserError, match="all its checkpoints are unreadable"):
+    with pytest.raises(UserError, match="all its checkpoints are unreadable.*--allow-fresh"):
         run.status(tmp_path / "run", config)
+    assert run.status(tmp_path / "run", config, allow_fresh=True) == "new"
 
 
 # ---- numbers that go wrong ----
@@ -251,7 +268,7 @@ def test_non_finite_updates_are_logged_and_end_the_run(world, tmp_path, monkeypa
 
     monkeypatch.setattr(setup, "fold", poisoned)
     monkeypatch.setattr("mmrstraj_jax.training.resilience.MAX_SKIPPED", 3)
-    with pytest.raises(Diverged, match=r"3 updates in a row were not finite, the last at step 6 \(rows row"):
+    with pytest.raises(Diverged, match=r"3 updates in a row were not usable, the last at step 6 \(rows row"):
         train(config)
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [row["skipped"] for row in rows] == [0, 0, 0, 1, 2, 3] and rows[3]["loss"] == "nan"
@@ -424,7 +441,7 @@ def test_print_config_needs_no_run(capsys):
 
 
 def test_the_command_stops_with_code_75(monkeypatch, capsys):
-    def stopped(config, overridden):
+    def stopped(config, overridden, launch):
         assert overridden == {"steps"} and config.steps == 3
         raise Stopped("SIGTERM after step 1")
 

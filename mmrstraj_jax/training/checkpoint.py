@@ -1,23 +1,32 @@
 """Checkpoints of everything that changes in a run; the base weights are never in them.
 
-One Orbax step folder `checkpoints/<step>/` holds the trainables (flat names), the optimizer state and
-`meta` (step, seed, total steps). It appears under its name only when complete; <step> counts finished
-updates.
+A step folder `checkpoints/<step>/` holds the trainables and the optimizer state (Orbax, flat names) and
+manifest.json (SHA-256 of every file; step, seed, total steps, held-out loss). It gets its name by a rename
+when all of that is on disk: a number is a complete checkpoint. <step> counts finished updates. With several
+processes all of them write their shards, and the first one seals, names and removes folders.
 """
 
-import logging
+import shutil
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from mmrstraj_jax.errors import UserError
+from mmrstraj_jax.training import manifest
+from mmrstraj_jax.training.manifest import Damaged
 from mmrstraj_jax.training.optimizer import OptState, Tree
 
 UNREADABLE = "unreadable-"  # prefix of a step folder that was set aside
+PARTIAL = ".partial"  # suffix of one that is being written
+REMOVED = "removed-"  # prefix of one that is being deleted
+
+
+class SaveFailed(Exception):
+    """A checkpoint could not be written; those before it are untouched."""
 
 
 class Restored(NamedTuple):
@@ -36,34 +45,33 @@ class Checkpoints:
     """Saves in the background, keeps the last `keep_last` steps and the one with the lowest held-out loss.
 
     Args:
-        directory: created on the first save.
+        directory: created by the first save.
         keep_last: None keeps all.
         say: takes one line of text.
     """
 
     def __init__(self, directory: Path, keep_last: int | None = None, *, say: Callable[[str], None] = print):
-        self.directory, self._say = Path(directory).absolute(), say
-        best = policies.BestN(
-            get_metric_fn=lambda metrics: metrics["eval_loss"],
-            reverse=True,  # descending, and the end of the list is kept: the lowest loss
-            n=1,
-            keep_checkpoints_without_metrics=False,
-        )
-        # Most saves have no held-out loss, on purpose; Orbax warns at each of them
-        logging.getLogger("absl").addFilter(_expected_warning)
-        options = ocp.CheckpointManagerOptions(
-            # best_fn only makes Orbax keep metrics; which steps stay is the policy's decision
-            best_fn=lambda metrics: metrics["eval_loss"],
-            best_mode="min",
-            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep_last), best]),
-            cleanup_tmp_directories=True,  # what a kill during a save left behind
-            create=True,
-        )
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self.directory, self._keep_last, self._say = Path(directory).absolute(), keep_last, say
+        self._primary = jax.process_index() == 0
+        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._thread: threading.Thread | None = None
+        self._saving: int | None = None
+        self._error: BaseException | None = None
+
+    def clean(self) -> None:
+        """Removes what an interrupted save or deletion left, with a line. For the first process alone."""
+        for folder in self.directory.glob(f"*{PARTIAL}*"):
+            self._say(
+                f"removed {folder.name}: the save of step {folder.name.split('.')[0]} was interrupted; "
+                "finished steps are used"
+            )
+            shutil.rmtree(folder)
+        for folder in self.directory.glob(f"{REMOVED}*"):
+            shutil.rmtree(folder)
 
     def steps(self) -> list[int]:
         """Steps that were completely written, ascending."""
-        return sorted(self._manager.all_steps())
+        return finished_steps(self.directory)
 
     def save(
         self,
@@ -75,85 +83,146 @@ class Checkpoints:
     ) -> None:
         """Copies the state to the host and returns; the files are written in the background.
 
-        An error of the save before surfaces here, or in `close`.
+        Raises SaveFailed: this save, or the one before it.
         """
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                trainable=ocp.args.StandardSave(trainable),
-                optimizer=ocp.args.StandardSave(opt_state._asdict()),
-                meta=ocp.args.JsonSave(dict(meta) | {"eval_loss": eval_loss}),
-            ),
-            metrics=None if eval_loss is None else {"eval_loss": eval_loss},
-        )
+        self.wait()
+        partial = self.directory / f"{step}{PARTIAL}"
+        self._saving = step
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._orbax.save(
+                partial,
+                args=ocp.args.Composite(
+                    trainable=ocp.args.StandardSave(trainable),
+                    optimizer=ocp.args.StandardSave(opt_state._asdict()),
+                ),
+            )
+        except Exception as error:  # Orbax, TensorStore and the file system raise what they like
+            self._error = error
+            self.check()
+        meta = dict(meta) | {"step": step, "eval_loss": eval_loss}
+        self._thread = threading.Thread(target=self._commit, args=(step, partial, meta), name="save")
+        self._thread.start()
 
-    def restore(self, trainable: Tree, opt_state: OptState) -> Restored | None:
-        """The newest step that can be read, into the shapes and shardings given; None when there is none at
-        all.
+    def _commit(self, step: int, partial: Path, meta: Mapping[str, Any]) -> None:
+        try:
+            self._orbax.wait_until_finished()  # on every process: its end is a barrier
+            if self._primary:
+                manifest.write(partial, meta)
+                partial.rename(self.directory / str(step))
+                self._remove_old()
+        except BaseException as error:  # it surfaces in `check`, on the thread that trains
+            self._error = error
 
-        A step that cannot be read is set aside with a line saying so, and the one before it is used.
-        Raises UserError: there are checkpoints, but none can be read. Never starts over silently.
+    def _remove_old(self) -> None:
+        steps = self.steps()
+        kept = {*steps[-(self._keep_last or len(steps)) :], best_step(self.directory)}
+        for step in steps:
+            if step not in kept:
+                # Renamed first: who reads it finds it whole or not at all
+                gone = (self.directory / str(step)).rename(self.directory / f"{REMOVED}{step}")
+                shutil.rmtree(gone)
+
+    def check(self) -> None:
+        """Raises SaveFailed when a save has failed in the meantime; what it wrote is removed."""
+        if self._error is None:
+            return
+        error, self._error = self._error, None
+        if self._primary:
+            for folder in self.directory.glob(f"{self._saving}{PARTIAL}*"):
+                shutil.rmtree(folder, ignore_errors=True)
+        kept = ", ".join(map(str, self.steps())) or "none"
+        raise SaveFailed(
+            f"{self.directory}: step {self._saving} could not be saved ({_first_line(error)}); training "
+            f"stops, finished checkpoints ({kept}) are untouched: make room, then the same command goes on"
+        ) from error
+
+    def wait(self) -> None:
+        """Returns when the last save is on disk. Raises SaveFailed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
+
+    def close(self) -> None:
+        """Waits and lets go. Raises SaveFailed."""
+        try:
+            self.wait()
+        finally:
+            self._orbax.close()
+
+    def newest_intact(self, allow_fresh: bool = False) -> int | None:
+        """The newest step whose files all have their hash; None when there is no checkpoint at all.
+
+        Others are set aside as unreadable-<step>, with a line. For the first process alone.
+        Raises UserError: there are checkpoints, but all are damaged, and allow_fresh does not say that the
+        run may start over.
         """
-        args = ocp.args.Composite(
-            trainable=ocp.args.StandardRestore(abstract(trainable)),
-            optimizer=ocp.args.StandardRestore(abstract(opt_state._asdict())),
-            meta=ocp.args.JsonRestore(),
-        )
         steps = self.steps()
         for step in reversed(steps):
+            folder = self.directory / str(step)
             try:
-                found = self._manager.restore(step, args=args)
-            except Exception as error:  # Orbax, TensorStore, JSON and the file system raise what they like
-                self._set_aside(step, error)
-                continue
-            return Restored(step, found["trainable"], OptState(**found["optimizer"]), found["meta"])
-        if steps:
+                manifest.verify(folder)
+                return step
+            except Damaged as damage:
+                aside = _free_name(self.directory / f"{UNREADABLE}{step}")
+                folder.rename(aside)
+                self._say(
+                    f"WARNING: checkpoint {folder} is damaged ({damage}); "
+                    f"it is kept as {aside.name}, and the step before it is used"
+                )
+        if steps and not allow_fresh:
             raise UserError(
                 f"{self.directory}: none of the checkpoints {', '.join(map(str, steps))} can be read; "
-                "nothing is started over by itself: restore a copy, or name a new --run-dir"
+                "nothing is started over by itself: restore a copy, give --allow-fresh, or name a new "
+                "--run-dir"
             )
         return None
 
-    def _set_aside(self, step: int, error: Exception) -> None:
+    def restore(self, step: int, trainable: Tree, opt_state: OptState) -> Restored:
+        """An intact step, into the shapes and shardings given: any number of devices and processes.
+
+        Raises UserError: it holds other parameters than these.
+        """
         folder = self.directory / str(step)
-        aside = self.directory / f"{UNREADABLE}{step}"
-        self._say(
-            f"WARNING: checkpoint {folder} cannot be read ({_first_line(error)}); "
-            f"it is kept as {aside.name}, and the step before it is used"
+        args = ocp.args.Composite(
+            trainable=ocp.args.StandardRestore(abstract(trainable)),
+            optimizer=ocp.args.StandardRestore(abstract(opt_state._asdict())),
         )
-        if folder.exists():
-            folder.rename(aside)
-        self._manager.reload()
+        try:
+            found = self._orbax.restore(folder, args=args)
+        except (ValueError, KeyError, TypeError) as error:  # how Orbax reports trees that do not match
+            raise UserError(
+                f"{folder}: intact, but not of this model ({_first_line(error)}); name a new --run-dir"
+            ) from error
+        return Restored(step, found["trainable"], OptState(**found["optimizer"]), manifest.read_meta(folder))
 
-    def wait(self) -> None:
-        """Returns when the last save is on disk. Raises what went wrong with it."""
-        self._manager.wait_until_finished()
 
-    def close(self) -> None:
-        """Waits and lets go."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+def _free_name(path: Path) -> Path:
+    number, free = 1, path
+    while free.exists():
+        number, free = number + 1, path.with_name(f"{path.name}.{number}")
+    return free
 
 
 # ---- reading a run, also while it trains ----
 
 
 def finished_steps(directory: Path) -> list[int]:
-    """Steps whose folders are complete, ascending: Orbax gives a folder its number by a rename at the end."""
+    """Steps whose folders are complete, ascending: a folder gets its number by a rename at the end."""
     return sorted(int(folder.name) for folder in Path(directory).glob("*") if folder.name.isdigit())
 
 
 def best_step(directory: Path) -> int | None:
     """The step with the lowest held-out loss among those still there; None when none was evaluated."""
     losses = {}
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        for step in finished_steps(directory):
-            try:
-                loss = reader.restore(Path(directory).absolute() / str(step) / "meta")["eval_loss"]
-            except (OSError, ValueError):  # unreadable: no candidate; whoever wants this very step is told
-                continue
-            if loss is not None:
-                losses[step] = loss
+    for step in finished_steps(directory):
+        try:
+            loss = manifest.read_meta(Path(directory) / str(step))["eval_loss"]
+        except Damaged:  # no candidate; whoever wants this very step is told
+            continue
+        if loss is not None:
+            losses[step] = loss
     return min(losses, key=losses.get) if losses else None
 
 
@@ -166,43 +235,52 @@ def read_trainable(
 ) -> tuple[int, Tree]:
     """(step, trainables) of one step, into the shapes and shardings given; nothing on disk changes.
 
+    A run that trains meanwhile may delete a step that is being read: then the choice is made again.
+
     Args:
-        step: a step, "best" for the lowest held-out loss, or None for the newest that can be read (a line
-            says so when it is not the newest).
+        step: a step, "best" for the lowest held-out loss, or None for the newest that is intact (a line says
+            so when it is not the newest).
     Raises:
-        UserError: no such step, or it cannot be read.
+        UserError: no such step, or it is damaged.
     """
     directory = Path(directory).absolute()
+    while True:
+        candidates = _candidates(directory, step)
+        problems = []
+        for candidate in candidates:
+            folder = directory / str(candidate)
+            try:
+                manifest.verify(folder)
+                with ocp.StandardCheckpointer() as reader:
+                    return candidate, reader.restore(folder / "trainable", abstract(trainable))
+            except Exception as error:  # Damaged, or whatever Orbax and TensorStore raise
+                if not folder.exists():  # deleted under our hands
+                    break
+                reason = str(error) if isinstance(error, Damaged) else _first_line(error)
+                problems.append(f"checkpoint {folder} cannot be read ({reason})")
+                if candidate != candidates[-1]:
+                    say(f"WARNING: {problems[-1]}; taking the step before it")
+        else:
+            raise UserError(f"{problems[0]}; restore a copy, or name another step")
+
+
+def _candidates(directory: Path, step: int | str | None) -> list[int]:
+    """Steps to try, in this order. Raises UserError: there is none."""
     steps = finished_steps(directory)
     if not steps:
         raise UserError(f"{directory}: no finished checkpoint yet; train until the first save")
+    if step is None:
+        return steps[::-1]
     if step == "best":
         step = best_step(directory)
         if step is None:
             raise UserError(f"{directory}: no checkpoint was evaluated, so none is the best; name a step")
-    if step is not None and step not in steps:
+    if step not in steps:
         raise UserError(
             f"{directory}: no checkpoint of step {step}; expected one of {', '.join(map(str, steps))}"
         )
-    problems = []
-    with ocp.StandardCheckpointer() as reader:
-        for candidate in [step] if step is not None else reversed(steps):
-            try:
-                return candidate, reader.restore(
-                    directory / str(candidate) / "trainable", abstract(trainable)
-                )
-            except Exception as error:  # Orbax, TensorStore and the file system raise what they like
-                problems.append(
-                    f"checkpoint {directory / str(candidate)} cannot be read ({_first_line(error)})"
-                )
-                if candidate != steps[0] and step is None:
-                    say(f"WARNING: {problems[-1]}; taking the step before it")
-    raise UserError(f"{problems[0]}; restore a copy, or name another step")
+    return [step]
 
 
-def _expected_warning(record: logging.LogRecord) -> bool:
-    return "did not provide metrics" not in record.getMessage()
-
-
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"

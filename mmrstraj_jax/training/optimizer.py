@@ -56,7 +56,7 @@ class OptState(NamedTuple):
     """What the optimizer remembers; all of it is in a checkpoint."""
 
     adam: Any  # optax state: count and float32 moments, flat trees
-    skipped: Int[Array, ""]  # updates in a row that were not applied because loss or gradient was not finite
+    skipped: Int[Array, ""]  # updates in a row that were not applied: not finite, or above skip_norm
 
 
 class Optimizer:
@@ -98,11 +98,13 @@ class Optimizer:
         """One AdamW step (torch.optim.AdamW), gradients clipped to the global norm over all groups before
         Adam.
 
-        With a non-finite loss or gradient norm nothing changes but `skipped`. Metrics: grad_norm (before
-        clipping), lr/<group> of the groups that hold parameters, skipped.
+        With a non-finite loss or gradient norm, or one above skip_norm, nothing changes but `skipped`.
+        Metrics: grad_norm (before clipping), lr/<group> of the groups that hold parameters, skipped.
         """
         grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        usable = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        if self.config.skip_norm > 0:
+            usable &= grad_norm <= self.config.skip_norm
         if self.config.clip_norm > 0:
             # torch.nn.utils.clip_grad_norm_, its 1e-6 included
             scale = jnp.minimum(1.0, self.config.clip_norm / (grad_norm + 1e-6))
@@ -117,9 +119,9 @@ class Optimizer:
 
         updated = {name: stepped(name, value) for name, value in trainable.items()}
         updated, adam = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (updated, adam), (trainable, state.adam)
+            lambda new, old: jnp.where(usable, new, old), (updated, adam), (trainable, state.adam)
         )
-        skipped = jnp.where(finite, 0, state.skipped + 1)
+        skipped = jnp.where(usable, 0, state.skipped + 1)
         held = {group_of(name) for name in trainable}
         metrics = {f"lr/{group}": rate for group, rate in rates.items() if group in held}
         return updated, OptState(adam, skipped), metrics | {"grad_norm": grad_norm, "skipped": skipped}

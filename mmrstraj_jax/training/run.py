@@ -7,17 +7,22 @@ summary.json     written last: the run is finished
 """
 
 import dataclasses
+import hashlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from mmrstraj_jax import config as configs
+from mmrstraj_jax import parallel, settings
 from mmrstraj_jax.config import AnyResConfig, Config, ModelConfig
 from mmrstraj_jax.errors import UserError
 from mmrstraj_jax.models.layers import Linear, Trainable
@@ -29,7 +34,12 @@ from mmrstraj_jax.weights.load import load_model
 from mmrstraj_jax.weights.tokens import copy_tokenizer
 
 EMBEDDED = "embedded:tiny"  # in base.json: the weights that come with the package
-NOT_COMPARED = ("run_dir", "notes")  # may differ when a run goes on
+# May differ when a run goes on: none of them changes what a step computes
+NOT_COMPARED = (
+    *("run_dir", "notes", "fsdp", "loader", "cluster", "wandb", "compilation_cache"),
+    *("save_every", "keep_last", "log_every"),
+)
+NOT_COMPARED += ("wandb", "compilation_cache")
 
 
 def embedded_weights() -> Path:
@@ -76,31 +86,80 @@ def read_config(run_dir: Path) -> Config:
     return configs.from_dict(read_json(run_dir / "config.json"), str(run_dir / "config.json"))
 
 
-def status(run_dir: Path, config: Config) -> str:
+def code_fingerprint() -> str:
+    """SHA-256 of this package's source: processes that run different code must not train together."""
+    package = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def facts(config: Config) -> dict[str, Any]:
+    """What all processes of a run must have in common before any of them loads anything."""
+    values = {name: settings.get(config, name) for name in settings.leaf_fields(Config)}
+    versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
+    return values | versions | {"code of mmrstraj_jax": code_fingerprint()}
+
+
+def prepare(run_dir: Path) -> None:
+    """Makes the folder and writes a byte into it, before minutes are spent.
+
+    Raises UserError: a file in the way, no permission, a full or read-only disk.
+    """
+    probe = run_dir / f".probe-{os.getpid()}"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"0" * 4096)
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"{run_dir}: cannot be written ({error.strerror or error}); name another folder with --run-dir"
+        ) from error
+
+
+def status(
+    run_dir: Path,
+    config: Config,
+    *,
+    allow_fresh: bool = False,
+    allow_config_change: bool = False,
+    say: Callable[[str], None] = print,
+) -> str:
     """ "new", "resume" or "finished": what the same command finds in its run directory.
 
-    Raises UserError: the run there has another config (the differences are listed), or the path is no
-    folder for it.
+    Args:
+        allow_fresh: start over where no checkpoint can be read.
+        allow_config_change: go on with another config; a line lists the differences.
+        say: takes one line of text.
+    Raises:
+        UserError: the run there has another config (the differences are listed), its checkpoints are all
+            unreadable, or the path is no folder for it.
     """
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"{run_dir}: is a file; name a folder with --run-dir")
     saved = [folder.name for folder in (run_dir / "checkpoints").glob("*") if folder.name[-1:].isdigit()]
     if not any(name.isdigit() for name in saved):
-        if any(name.startswith(UNREADABLE) for name in saved):
+        if any(name.startswith(UNREADABLE) for name in saved) and not allow_fresh:
             raise UserError(
                 f"{run_dir}: all its checkpoints are unreadable; nothing is started over by itself: "
-                "restore a copy, or name a new --run-dir"
+                "restore a copy, give --allow-fresh, or name a new --run-dir"
             )
         return "new"
     if not is_run(run_dir):
         raise UserError(f"{run_dir}: has checkpoints but no config.json and base.json; name a new --run-dir")
     changed = [
-        line for line in configs.diff(read_config(run_dir), config) if line.split(":")[0] not in NOT_COMPARED
+        line
+        for line in configs.diff(read_config(run_dir), config)
+        if line.split(":")[0].split(".")[0] not in NOT_COMPARED
     ]
+    if changed and allow_config_change:
+        say(f"WARNING: {run_dir} goes on with another config: {'; '.join(changed)}")
+        return "resume"
     if changed:
         raise UserError(
-            f"{run_dir} holds a run with another config: {'; '.join(changed)}. "
-            "Give the same options to go on with it, or name a new --run-dir"
+            f"{run_dir} holds a run with another config: {'; '.join(changed)}. Give the same options to go "
+            "on with it, --allow-config-change to go on with these, or name a new --run-dir"
         )
     return "finished" if (run_dir / "summary.json").is_file() else "resume"
 
@@ -132,7 +191,11 @@ class OpenRun(Start):
 
 
 def policy_of(config: Config, model: ModelConfig) -> AnyResConfig:
-    """The run's AnyRes policy at the view size of the tower that was loaded."""
+    """The run's AnyRes policy at the view size of the tower that was loaded.
+
+    Exact for grids of whole views, the default and what every public config.json holds: a candidate keeps its
+    rows and columns. tau keeps its share of the tokens of a full view (AnyResConfig.for_views).
+    """
     view_size, patch_size = model.vision.image_size, model.vision.patch_size
     if (config.anyres.view_size, config.anyres.patch_size) == (view_size, patch_size):
         return config.anyres
@@ -163,16 +226,18 @@ def freeze(model: MMRSTraj, dtype: jnp.dtype) -> None:
                 setattr(module, name, nnx.Param(value[...].astype(dtype)))
 
 
-def start(config: Config) -> Start:
+def start(config: Config, mesh: Mesh | None = None) -> Start:
     """The model of a new run: base weights, or those of `init_from`, with what the config trains attached.
 
+    Args:
+        mesh: base weights are read straight to their place on it; None: the default device.
     Raises UserError: weights that are missing or do not fit, adapters of another shape, a fresh projector
     that LoRA would have to align.
     """
     if config.init_from is not None:
-        found = _start_from_run(config)
+        found = _start_from_run(config, mesh)
     else:
-        found = _start_from_weights(config)
+        found = _start_from_weights(config, mesh)
     projector = [name for name in found.fresh if name.startswith("multi_modal_projector.")]
     if projector and "projector" not in config.train_full:
         raise UserError(
@@ -182,22 +247,22 @@ def start(config: Config) -> Start:
     return found
 
 
-def _start_from_weights(config: Config) -> Start:
+def _start_from_weights(config: Config, mesh: Mesh | None) -> Start:
     path = EMBEDDED if config.weights is None else absolute_weights(config.weights)
     base = {"path": path, "fingerprint": "", "layout": "", "rebuild": None, "init_from": None}
-    loaded, base = _load_base(base, jnp.dtype(config.dtype), None)
+    loaded, base = _load_base(base, jnp.dtype(config.dtype), None, mesh)
     attach(loaded.model, config)
     policy = policy_of(config, loaded.config)
     return Start(loaded.model, loaded.config, policy, loaded.tokenizer_dir, base, loaded.fresh)
 
 
-def _start_from_run(config: Config) -> Start:
+def _start_from_run(config: Config, mesh: Mesh | None) -> Start:
     folder = Path(config.init_from)
     if not is_run(folder):
         raise UserError(
             f"--init-from {folder}: not a run directory; expected one with config.json and base.json"
         )
-    previous = open_run(folder, dtype=config.dtype, weights=config.weights)
+    previous = open_run(folder, dtype=config.dtype, weights=config.weights, mesh=mesh)
     model, provenance = previous.model, {"run": str(folder.absolute()), "step": previous.step}
     base = dict(previous.base, init_from=provenance)
     base.pop("eval", None)  # that was measured before the previous run
@@ -230,10 +295,10 @@ def _same_trainables(before: Config, after: Config) -> bool:
     return same_dropout == after.lora and before.train_full == after.train_full
 
 
-def reopen(run_dir: Path, config: Config) -> Start:
+def reopen(run_dir: Path, config: Config, mesh: Mesh | None = None) -> Start:
     """The model of a run as it was at step 0, without the values of its adapters: to resume it."""
     base = read_json(run_dir / "base.json")
-    loaded, base = _load_base(base, jnp.dtype(config.dtype), None)
+    loaded, base = _load_base(base, jnp.dtype(config.dtype), None, mesh)
     attach(loaded.model, config)
     tokenizer = run_dir / "tokenizer"
     return Start(loaded.model, loaded.config, policy_of(config, loaded.config), tokenizer, base)
@@ -245,6 +310,7 @@ def open_run(
     dtype: jnp.dtype | str | None = None,
     step: int | str | None = None,
     weights: str | None = None,
+    mesh: Mesh | None = None,
 ) -> OpenRun:
     """The model of a run directory with its trained values.
 
@@ -253,15 +319,18 @@ def open_run(
         dtype: of the frozen weights; None: the run's; "source": that of the files.
         step: which checkpoint; None is the newest, "best" the one with the lowest held-out loss.
         weights: where the base weights are now, if they were moved; the fingerprint must still fit.
+        mesh: where weights are placed; None: the default device.
     Raises:
         UserError: not a run directory, base weights missing or others than in training, no checkpoint.
     """
     run_dir = Path(run_dir)
     config = read_config(run_dir)
     dtype = config.dtype if dtype is None else dtype
-    loaded, base = _load_base(read_json(run_dir / "base.json"), dtype, weights)
+    loaded, base = _load_base(read_json(run_dir / "base.json"), dtype, weights, mesh)
     attach(loaded.model, config)
     graphdef, trainable, frozen = states.split(loaded.model)
+    if mesh is not None:
+        trainable = parallel.shard_parameters(trainable, mesh)
     step, trainable = read_trainable(run_dir / "checkpoints", trainable, step)
     return OpenRun(
         states.merge(graphdef, trainable, frozen),
@@ -291,7 +360,9 @@ def absolute_weights(path: str) -> str:
     return str(Path(path).absolute())
 
 
-def _load_base(base: dict[str, Any], dtype: Any, weights: str | None) -> tuple[Any, dict[str, Any]]:
+def _load_base(
+    base: dict[str, Any], dtype: Any, weights: str | None, mesh: Mesh | None
+) -> tuple[Any, dict[str, Any]]:
     """(LoadedModel, base.json) of the weights below a run's adapters; fills in the fingerprint when it is
     empty.
     """
@@ -301,14 +372,15 @@ def _load_base(base: dict[str, Any], dtype: Any, weights: str | None) -> tuple[A
             raise UserError(
                 f"{origin['run']}: no run directory any more, but this run was built on it; restore it"
             )
-        previous = open_run(origin["run"], dtype=dtype, step=origin["step"], weights=weights)
+        previous = open_run(origin["run"], dtype=dtype, step=origin["step"], weights=weights, mesh=mesh)
         merge_lora(previous.model)
         freeze(
             previous.model, jnp.dtype(previous.run_config.dtype) if dtype == "source" else jnp.dtype(dtype)
         )
         return previous, base
     path = base["path"] if weights is None else absolute_weights(weights)
-    loaded = load_model(embedded_weights() if path == EMBEDDED else path, dtype=dtype)
+    where = None if mesh is None else lambda name, shape: parallel.sharding_of(name, shape, mesh)
+    loaded = load_model(embedded_weights() if path == EMBEDDED else path, dtype=dtype, sharding=where)
     if base["fingerprint"] and loaded.fingerprint != base["fingerprint"]:
         raise UserError(
             f"{path}: not the weights this run was trained on (fingerprint {loaded.fingerprint[:12]}, "
@@ -333,11 +405,22 @@ def create(run_dir: Path, config: Config, base: dict[str, Any], tokenizer_dir: P
         ) from error
 
 
-def check_resumable(run_dir: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises UserError where the data behind the same config is no longer the same."""
+def check_resumable(
+    run_dir: Path, saved: dict[str, Any], now: dict[str, Any], allow: bool, say: Callable[[str], None]
+) -> None:
+    """Raises UserError where the data behind the same config is no longer the same, or says so if allowed."""
     changed = [f"{key} {saved.get(key)} -> {value}" for key, value in now.items() if saved.get(key) != value]
-    if changed:
+    if not changed:
+        return
+    if not allow:
         raise UserError(
-            f"{run_dir}: the data changed since the run began ({', '.join(changed)}); restore it, "
-            "or name a new --run-dir"
+            f"{run_dir}: the data changed since the run began ({', '.join(changed)}); restore it, give "
+            "--allow-config-change to go on with it, or name a new --run-dir"
         )
+    say(f"WARNING: {run_dir} goes on with other data: {', '.join(changed)}")
+
+
+def change_config(run_dir: Path, config: Config) -> None:
+    """The run goes on with this config; it is unfinished again."""
+    write_json(run_dir / "config.json", configs.to_dict(config))
+    (run_dir / "summary.json").unlink(missing_ok=True)

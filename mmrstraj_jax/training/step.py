@@ -5,12 +5,14 @@ devices.
 """
 
 from collections.abc import Callable
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from mmrstraj_jax.config import Config
@@ -97,18 +99,35 @@ def build_step(
         }
         return trainable, opt_state, metrics
 
-    shardings = {} if placed is None else {"out_shardings": (*placed, None)}
-    return jax.jit(train_step, donate_argnums=(0, 1), **shardings)
+    if placed is None:
+        return jax.jit(train_step, donate_argnums=(0, 1))
+    everywhere = NamedSharding(jax.tree.leaves(placed)[0].mesh, P())  # every process reads the metrics
+    return jax.jit(train_step, donate_argnums=(0, 1), out_shardings=(*placed, everywhere))
 
 
-def build_eval_step(graphdef: nnx.GraphDef, config: Config) -> Callable[[Tree, Tree, Batch], RowLoss]:
-    """eval_step(trainable, frozen, batch [B, ...]) -> RowLoss per row, without dropout.
+class RowScore(NamedTuple):
+    """Per row of an evaluation batch."""
+
+    nll: Float[Array, " B"]  # as in RowLoss
+    correct: Bool[Array, " B"]
+    tokens: Float[Array, " B"]  # supervised tokens
+
+
+EvalStep = Callable[[Tree, Tree, Batch], RowScore]
+
+
+def build_eval_step(graphdef: nnx.GraphDef, config: Config, mesh: Mesh | None = None) -> EvalStep:
+    """eval_step(trainable, frozen, batch [B, ...]) -> RowScore of all rows, without dropout.
 
     `correct` is greedy exact match: under teacher forcing every answer token is the argmax exactly when
     greedy decoding produces the answer.
+
+    Args:
+        mesh: where the result is wanted whole, so that every process can read it.
     """
 
-    def eval_step(trainable: Tree, frozen: Tree, batch: Batch) -> RowLoss:
-        return _row_loss(merge(graphdef, trainable, frozen), batch, None, "none")
+    def eval_step(trainable: Tree, frozen: Tree, batch: Batch) -> RowScore:
+        rows = _row_loss(merge(graphdef, trainable, frozen), batch, None, "none")
+        return RowScore(rows.nll, rows.correct, batch["weights"].sum(-1))
 
-    return jax.jit(eval_step)
+    return jax.jit(eval_step, out_shardings=None if mesh is None else NamedSharding(mesh, P()))

@@ -8,14 +8,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mmrstraj_jax import parallel
-from mmrstraj_jax.training.loss import RowLoss
 from mmrstraj_jax.training.optimizer import Tree
 from mmrstraj_jax.training.setup import Data, eval_batches
-from mmrstraj_jax.training.step import Batch
+from mmrstraj_jax.training.step import EvalStep
 
 
 def evaluate(
-    eval_step: Callable[[Tree, Tree, Batch], RowLoss],
+    eval_step: EvalStep,
     trainable: Tree,
     frozen: Tree,
     data: Data,
@@ -39,7 +38,7 @@ def evaluate(
             return {}
         scored = eval_step(trainable, frozen, parallel.shard_batch(batch, mesh, batch_axis=0))
         nll += float(np.asarray(scored.nll, np.float64).sum())
-        tokens += float(batch["weights"].sum())
+        tokens += float(np.asarray(scored.tokens, np.float64).sum())
         for number, correct in zip(numbers.tolist(), np.asarray(scored.correct).tolist(), strict=True):
             if number >= 0:
                 right[""].append(correct)

@@ -1,0 +1,294 @@
+"""The one place that knows of other processes: who they are, what they agree on, when one tells all to stop.
+
+`find_place` reads SLURM's or Kubernetes' environment, or explicit options. `Processes` is used by one process
+too: then everything here is a plain function call.
+"""
+
+import json
+import os
+import re
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mmrstraj_jax.config import ClusterConfig
+from mmrstraj_jax.errors import UserError
+from mmrstraj_jax.training.resilience import EXIT_STOPPED, Stopped, StopSignal
+from mmrstraj_jax.training.watchdog import Watchdog
+
+T = TypeVar("T")
+OPTIONS = ("--coordinator", "--num-processes", "--process-id")
+VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process among those of a run."""
+
+    coordinator: str  # "host:port" of process 0
+    count: int
+    index: int
+
+    def __post_init__(self):
+        host, _, port = self.coordinator.rpartition(":")
+        if not host or not port.isdigit() or not 0 < int(port) < 65536:
+            raise UserError(f"--coordinator {self.coordinator}: expected HOST:PORT of process 0")
+        if not 0 <= self.index < self.count:
+            raise UserError(
+                f"--process-id {self.index}: expected 0 to {self.count - 1} (--num-processes {self.count})"
+            )
+
+    @property
+    def host(self) -> str:
+        return self.coordinator.rpartition(":")[0]
+
+    @property
+    def port(self) -> int:
+        return int(self.coordinator.rpartition(":")[2])
+
+
+def find_place(given: tuple[str | None, ...], env: Mapping[str, str]) -> Place | None:
+    """Where this process stands; None: it is alone.
+
+    First of: the options (all three), the variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID (in an indexed Kubernetes Job the last may be missing: JOB_COMPLETION_INDEX), a SLURM step
+    of several tasks.
+
+    Args:
+        given: values of OPTIONS.
+    Raises:
+        UserError: some of them are missing, or are no numbers.
+    """
+    named = tuple(env.get(name) for name in VARIABLES)
+    if any(given):
+        return _place(given, OPTIONS)
+    if any(named):
+        return _place((*named[:2], named[2] or env.get("JOB_COMPLETION_INDEX")), VARIABLES)
+    if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        host = first_host(env["SLURM_STEP_NODELIST"])
+        # Jobs that share a node must not share a port
+        port = 61440 + (int(env["SLURM_JOB_ID"]) * 16 + int(env["SLURM_STEP_ID"]) % 16) % 4096
+        return Place(f"{host}:{port}", int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_PROCID"]))
+    return None
+
+
+def _place(values: tuple[str | None, ...], names: tuple[str, ...]) -> Place:
+    missing = [name for name, value in zip(names, values, strict=True) if not value]
+    if missing:
+        raise UserError(f"{', '.join(missing)}: missing; several processes need {', '.join(names)}")
+    for name, value in zip(names[1:], values[1:], strict=True):
+        if not value.isdigit():
+            raise UserError(f"{name} {value}: expected a whole number")
+    return Place(values[0], int(values[1]), int(values[2]))
+
+
+def first_host(nodes: str) -> str:
+    """The first name of a SLURM node list: "gpu[003-004,7],x1" is gpu003."""
+    match = re.match(r"([^,\[]+)(?:\[(\w+)[^\]]*\]([^,\[]*))?", nodes)
+    if match is None:
+        raise UserError(f"SLURM_STEP_NODELIST {nodes!r}: expected node names")
+    return "".join(part or "" for part in match.groups())
+
+
+def connect(place: Place, config: ClusterConfig) -> None:
+    """Meets the other processes; before anything else touches a device.
+
+    Raises UserError within about `start_timeout` seconds: a port in use, a host that cannot be reached,
+    processes that did not come.
+    """
+    who = f"process {place.index} of {place.count}"
+    deadline = time.monotonic() + config.start_timeout
+    if place.index == 0:
+        _check_port(place)
+    else:
+        _reach(place, deadline, who)
+    # Python handles SIGTERM (resilience.py); the runtime's service would swallow it
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(
+            place.coordinator,
+            place.count,
+            place.index,
+            initialization_timeout=max(1, round(deadline - time.monotonic())),
+            # Ours speaks first, and names the process
+            heartbeat_timeout_seconds=round(2 * config.heartbeat) + 10,
+            shutdown_timeout_seconds=round(config.heartbeat),
+        )
+    except RuntimeError as error:
+        absent = sorted({int(task) for task in re.findall(r"task:(\d+)", str(error))} - {place.index})
+        missing = f"process {', '.join(map(str, absent))}" if absent else "other processes"
+        raise UserError(
+            f"{who}: {missing} did not come to {place.coordinator} within {config.start_timeout:g} s; see "
+            "their logs, and whether all got the same coordinator and number of processes, each an id of its "
+            f"own ({str(error).splitlines()[0][:160]})"
+        ) from error
+
+
+def _check_port(place: Place) -> None:
+    with socket.socket(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", place.port))
+        except OSError as error:
+            raise UserError(
+                f"process 0: port {place.port} of {place.coordinator} cannot be opened ({error.strerror}): "
+                "another run, or one that hangs, holds it; choose another port for all processes"
+            ) from error
+
+
+def _reach(place: Place, deadline: float, who: str) -> None:
+    """Waits until process 0 listens, because the runtime's own error says less."""
+    while True:
+        try:
+            socket.create_connection((place.host, place.port), timeout=5).close()
+            return
+        except socket.gaierror as error:
+            raise UserError(
+                f"{who}: coordinator host {place.host!r} is unknown ({error.strerror}); "
+                "give the host name or address of process 0"
+            ) from error
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{who}: nothing answers at {place.coordinator} ({error.strerror or error}); process 0 "
+                    "must run there: check host, port, firewall, and the log of process 0"
+                ) from error
+            time.sleep(0.2)
+
+
+class Processes:
+    """All processes of a run, as a context manager around it. With place None: this one, alone.
+
+    Leaving it with an error ends the others too, with a line that names this process and the error.
+
+    Raises UserError: see `connect`.
+    """
+
+    def __init__(self, place: Place | None, config: ClusterConfig):
+        self.index, self.count = (place.index, place.count) if place else (0, 1)
+        self._config, self._questions = config, 0
+        self._stopping = False  # all processes know that they stop
+        self._place, self._client = place, None
+
+    @property
+    def primary(self) -> bool:
+        """Whether this process writes logs, locks and folders."""
+        return self.index == 0
+
+    def __enter__(self) -> "Processes":
+        if self._place is not None:
+            connect(self._place, self._config)
+            from jax._src.distributed import global_state  # the only way to its key-value store
+
+            self._client = global_state.client
+        how = self._config
+        self.watchdog = Watchdog(self._client, self.index, self.count, how.heartbeat, how.step_timeout)
+        self.watchdog.start()
+        return self
+
+    def __exit__(self, kind, error, _) -> None:
+        together = error is None or (kind is Stopped and self._stopping)
+        if self._client is not None and not together:
+            if kind in (jax.errors.JaxRuntimeError, ValueError):
+                self.watchdog.wait_for_verdict()  # most likely a collective that lost its other half
+            code = EXIT_STOPPED if kind is Stopped else 2 if kind is UserError else 1
+            what = "" if kind in (UserError, Stopped) else f"{kind.__name__}: "
+            self.watchdog.tell(f"process {self.index} ({socket.gethostname()}): {what}{error}", code)
+        self.watchdog.stop()
+        if self._client is not None and together:
+            jax.distributed.shutdown()
+
+    def from_first(self, question: Callable[[], T]) -> T:
+        """What the first process answers, on all of them; a UserError of it is raised on all of them.
+
+        All processes ask the same questions in the same order. The answer must survive JSON.
+        """
+        if self._client is None:
+            return question()
+        self._questions += 1
+        key = f"mmrstraj/answer/{self._questions}"
+        if self.primary:
+            try:
+                answer = {"value": question()}
+            except UserError as error:
+                answer = {"error": str(error)}
+            self._client.key_value_set(key, json.dumps(answer))
+        else:
+            answer = json.loads(self._get(key))
+        if "error" in answer:
+            raise UserError(answer["error"])
+        return answer["value"]
+
+    def meet(self) -> None:
+        """Returns when the first process has come here; before an end that is the same for all."""
+        self.from_first(lambda: None)
+
+    def agree(self, what: str, mine: Mapping[str, Any]) -> None:
+        """Raises UserError on all processes, naming keys and processes, where they do not hold the same."""
+        if self._client is None:
+            return
+        prefix = f"mmrstraj/{what}/"
+        self._client.key_value_set(
+            f"{prefix}{self.index}", json.dumps(dict(mine), sort_keys=True, default=str)
+        )
+
+        def compare() -> None:
+            first = json.loads(self._get(f"{prefix}0"))
+            for other in range(1, self.count):
+                theirs = json.loads(self._get(f"{prefix}{other}"))
+                keys = sorted(
+                    key for key in first.keys() | theirs.keys() if first.get(key) != theirs.get(key)
+                )
+                if keys:
+                    listed = "; ".join(f"{key}: {first.get(key)} and {theirs.get(key)}" for key in keys)
+                    raise UserError(
+                        f"process 0 and process {other} do not have the same {what}: {listed}; "
+                        "start all with the same files and options"
+                    )
+
+        self.from_first(compare)
+
+    def _get(self, key: str) -> str:
+        return self._client.blocking_key_value_get(key, round(1000 * self._config.step_timeout))
+
+    def vote(self, stop: StopSignal, mesh: Mesh) -> Callable[[], bool]:
+        """A function that says on all processes alike whether one of them was told to stop.
+
+        Each call starts a sum over all processes and answers with that of the call before, so that nobody
+        waits for the device; all processes must call it equally often. Once true it stays true.
+        """
+        if self._client is None:
+            return lambda: stop.requested is not None
+        sharding = NamedSharding(mesh, P(mesh.axis_names))
+        total = jax.jit(lambda votes: votes.sum(), out_shardings=NamedSharding(mesh, P()))
+        pending = None
+
+        def ask() -> bool:
+            nonlocal pending
+            if pending is not None and np.asarray(pending):
+                self._stopping = True
+            votes = np.full(jax.local_device_count(), stop.requested is not None, np.int32)
+            pending = total(jax.make_array_from_process_local_data(sharding, votes))
+            return self._stopping
+
+        return ask
+
+
+def leave(code: int) -> int:
+    """The exit code of a command; of several processes a failed one goes at once.
+
+    The runtime's clean end is a meeting of all processes, and the others may never come to it.
+    """
+    if code != 0 and jax.process_count() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
