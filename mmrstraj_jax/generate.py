@@ -1,10 +1,12 @@
-"""Text from images: a prompt, a conversation, a folder, or held-out images of the embedded sample.
+"""Text from images: a prompt, a conversation, a folder, a trip, or held-out images of the embedded sample.
 
 python -m mmrstraj_jax.generate --run runs/stage2 --image tile.png --prompt "Is there a bridge?"
 python -m mmrstraj_jax.generate --weights DIR --image a.png --image b.png --chat
 python -m mmrstraj_jax.generate --run runs/stage2 --video frames/ --prompt "What moves?"
 python -m mmrstraj_jax.generate --run runs/stage1 --folder tiles/ --prompt "Describe it." --out out.jsonl
 python -m mmrstraj_jax.generate --run runs/stage2 --held-out 3
+python -m mmrstraj_jax.generate --run runs/stage2 --trajectory trip.plt --provider folder --tiles DIR \\
+    --title NAME --attribution TEXT --licence TEXT --draw-track --out trip/
 """
 
 import argparse
@@ -13,9 +15,13 @@ import json
 import sys
 from pathlib import Path
 
+from mmrstraj_jax.construction import trip_image
+from mmrstraj_jax.construction.files import dump
+from mmrstraj_jax.construction.trip_image import TripImage
 from mmrstraj_jax.errors import CommandParser, UserError, run_command
 from mmrstraj_jax.inference.options import DecodeOptions
 
+TRIP_PROMPT = "Describe the traffic and the road layout."
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".gif", ".jp2", ".ppm"}
 
 
@@ -36,7 +42,11 @@ def _arguments(args: list[str]) -> argparse.Namespace:
     add("--prompt", help="the question; with --chat the first one")
     add("--chat", action="store_true", help="several turns about the same images; an empty line ends it")
     add("--folder", metavar="DIR", help="ask --prompt about every image of a folder")
-    add("--out", metavar="FILE", help="where --folder writes its answers, one JSON object a line")
+    add(
+        "--out",
+        metavar="PATH",
+        help="file of --folder's answers, one JSON object a line; folder of --trajectory's image and answer",
+    )
     add("--held-out", metavar="N", type=int, help="a caption and an answer for N images no model has seen")
     add("--anyres", metavar="POLICY", help="tau or anyres_max_N; default: what the model was trained with")
     add("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on an accelerator, else float32")
@@ -44,17 +54,33 @@ def _arguments(args: list[str]) -> argparse.Namespace:
     for field in dataclasses.fields(DecodeOptions):
         value = getattr(defaults, field.name)
         add(f"--{field.name.replace('_', '-')}", type=type(value), default=value, help=f"default {value}")
+    add("--trajectory", metavar="FILE", help="a GPS trip: fetches its image and describes its traffic")
+    trip = parser.add_argument_group("the trip and its imagery, with --trajectory")
+    for field in dataclasses.fields(TripImage):
+        words = {"dest": field.name, "default": argparse.SUPPRESS, "help": trip_image.HELP[field.name]}
+        kind = type(field.default)
+        words |= {bool: {"action": "store_true"}, tuple: {"nargs": "+"}}.get(kind, {"type": kind})
+        trip.add_argument(f"--{field.name.replace('_', '-')}", **words)
     options = parser.parse_args(args)
 
+    given = {field.name: getattr(options, field.name, None) for field in dataclasses.fields(TripImage)}
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v is not None}
+    if given and options.trajectory is None:
+        raise UserError(f"--{next(iter(given)).replace('_', '-')}: goes with --trajectory FILE")
+    options.trip_image = TripImage(**given)
+    if options.trajectory is not None and options.prompt is None:
+        options.prompt = TRIP_PROMPT
     if (options.run is None) == (options.weights is None):
         raise UserError("expected one of --run DIR and --weights DIR")
-    modes = [options.folder is not None, options.held_out is not None, bool(options.image or options.video)]
+    modes = [options.folder is not None, options.held_out is not None]
+    modes += [bool(options.image or options.video), options.trajectory is not None]
     if sum(modes) > 1 or (options.chat and any(modes[:2])):
         raise UserError(
-            "--image or --video, --folder, --held-out: expected one of these, --chat with the first only"
+            "--image or --video, --folder, --held-out, --trajectory: expected one of these, "
+            "--chat with images and trajectories only"
         )
-    if (options.folder is None) != (options.out is None):
-        raise UserError("--folder DIR and --out FILE belong together")
+    if (options.folder is None and options.trajectory is None) != (options.out is None):
+        raise UserError("--folder DIR and --out FILE belong together, as do --trajectory FILE and --out DIR")
     if options.prompt is None and not options.chat and options.held_out is None:
         raise UserError('--prompt "...": what should the model answer?')
     if options.held_out is not None and options.held_out < 1:
@@ -82,8 +108,8 @@ def _say(text: str) -> None:
     print(text, end="", flush=True)
 
 
-def _converse(model, options: argparse.Namespace, decode: dict) -> None:
-    """One answer, or with --chat one a line of stdin, written to stdout as it comes."""
+def _converse(model, options: argparse.Namespace, decode: dict) -> list[dict]:
+    """One answer, or with --chat one a line of stdin, written to stdout as it comes; the messages."""
     media = {"images": options.image}
     if options.video is not None:
         media["videos"] = [_files(options.video, "--video")]
@@ -101,10 +127,38 @@ def _converse(model, options: argparse.Namespace, decode: dict) -> None:
         messages.append({"role": "user", "content": [{"type": "text", "text": question}]})
         answer = model.generate(messages, **media, **decode, stream=_say)
         print(flush=True)
+        messages.append({"role": "assistant", "content": answer})
         if not options.chat:
             break
-        messages.append({"role": "assistant", "content": answer})
         question = None
+    return messages
+
+
+def _trip_image(options: argparse.Namespace) -> Path:
+    """Fetches the trip's image into --out."""
+    out = Path(options.out)
+    if out.is_file():
+        raise UserError(f"--out {out}: a file; expected a folder")
+    path = out / f"{Path(options.trajectory).stem}.png"
+    record = trip_image.write(path, Path(options.trajectory), options.trip_image)
+    window, used = record["window"], record["fixes"]
+    print(
+        f"{path}: {window['width']} x {window['height']} px at zoom {window['zoom']}, "
+        f"{record['gsd_metres']:.2f} m a pixel, {used['used']} of {used['read']} fixes used; "
+        f"imagery: {record['provider']['attribution']}",
+        file=sys.stderr,
+    )
+    return path
+
+
+def _write_answer(path: Path, messages: list[dict], decode: dict) -> None:
+    """The conversation about an image, in its `.answer.json`."""
+    turns = []
+    for message in messages:
+        content = message["content"]
+        text = content if isinstance(content, str) else content[0]["text"]
+        turns.append({"role": message["role"], "text": text})
+    path.with_suffix(".answer.json").write_bytes(dump({"image": path.name, "turns": turns, "decode": decode}))
 
 
 def _ask_folder(model, options: argparse.Namespace, decode: DecodeOptions) -> None:
@@ -179,6 +233,9 @@ def main(args: list[str]) -> int:
     for path in options.image:
         if not Path(path).is_file():
             raise UserError(f"--image {path}: no such file")
+    # before the weights: a wrong trip or provider must not wait for them
+    if options.trajectory is not None:
+        options.image = [str(_trip_image(options))]
     from mmrstraj_jax.api import load  # JAX takes seconds: --help and typing errors must not wait for it
 
     model = load(
@@ -192,7 +249,9 @@ def main(args: list[str]) -> int:
     elif options.held_out is not None:
         _held_out(model, options, dataclasses.asdict(decode))
     else:
-        _converse(model, options, dataclasses.asdict(decode))
+        messages = _converse(model, options, dataclasses.asdict(decode))
+        if options.trajectory is not None:
+            _write_answer(Path(options.image[0]), messages, dataclasses.asdict(decode))
     return 0
 
 
