@@ -8,6 +8,7 @@
     rsi-instruct   captions -> conversations (Algorithm 1)
     rsi-traffic    images -> conversations about traffic (Algorithm 2)
     review         people's verdicts: export, import, agreement, the accepted set
+    statistics     Figures 2, 3 and Table 1 of the paper for any data sets: NAME=FILE ... --out DIR
     all            the five steps before review, of which the config has a table
 
     --plan         of rsi-*: calls, tokens and cost; sends nothing
@@ -26,7 +27,15 @@ from pathlib import Path
 from typing import Any
 
 from mmrstraj_jax import settings
-from mmrstraj_jax.construction import candidates, review, rsi_instruct, rsi_traffic, selection, windows
+from mmrstraj_jax.construction import (
+    candidates,
+    review,
+    rsi_instruct,
+    rsi_traffic,
+    selection,
+    statistics_report,
+    windows,
+)
 from mmrstraj_jax.construction.candidates import Trajectories
 from mmrstraj_jax.construction.dataset import Look
 from mmrstraj_jax.construction.manifest import load
@@ -100,8 +109,13 @@ def main(args: list[str]) -> int:
         if kind is not type(None):
             print(f"Settings of {step or 'all'} and their defaults:\n\n{settings.format_config(kind())}")
         return 0
+    if step == "statistics":
+        statistics_report.command(args[1:])
+        return 0
     if step not in (*STEPS, "all"):
-        raise UserError(f"step {step!r}: expected one of {', '.join(STEPS)}, all; --help explains them")
+        raise UserError(
+            f"step {step!r}: expected one of {', '.join(STEPS)}, statistics, all; --help explains them"
+        )
     args = args[1:]
     out, args = take_option(args, "--out")
     config_path, args = take_option(args, "--config")

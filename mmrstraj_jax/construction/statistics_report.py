@@ -171,7 +171,7 @@ def plot(measured: Mapping[str, Statistics], token: str) -> bytes:
 
     header, rows = _cells(measured)
     figure = Figure(figsize=(12.5 + 0.9 * len(measured), 4.2), layout="constrained")
-    grid = figure.add_gridspec(1, 3, width_ratios=[1, 1, 0.75 + 0.28 * len(measured)])
+    grid = figure.add_gridspec(1, 3, width_ratios=[1, 1, 0.55 + 0.25 * len(measured)])
     for column, (kind, label) in enumerate(
         (("tokens", "tokens per caption"), ("sentences", "sentences per caption"))
     ):
@@ -184,7 +184,7 @@ def plot(measured: Mapping[str, Statistics], token: str) -> bytes:
             curve = density(values, at)
             axes.plot(at, curve, color="black" if joint else None, lw=2 if joint else 1.4, label=name)
             if len(measured) == 1 or joint:
-                step = 1 if kind == "sentences" else max(1, (max(values) - min(values)) // 40)
+                step = max(1, round(bandwidth(values)))
                 edges = np.arange(min(values) - 0.5, max(values) + 0.5 + step, step)
                 axes.hist(values, edges, density=True, color="0.85", zorder=0)
         axes.set_xlim(left=0)
@@ -209,7 +209,10 @@ def panel(shown: Mapping[str, Dialogue]) -> bytes:
     """Figure 2: a dialogue of each data set under its image, side by side."""
     from matplotlib.figure import Figure
 
-    texts = {name: "\n\n".join(_wrapped(text) for text in _said(row)) for name, row in shown.items()}
+    texts = {
+        name: "\n\n".join("\n".join(map(_wrapped, turn)) for turn in _said(row))
+        for name, row in shown.items()
+    }
     lines = max(text.count("\n") + 1 for text in texts.values())
     height = 3.2 + 0.165 * lines
     figure = Figure(figsize=(3.4 * len(shown), height))
@@ -224,10 +227,11 @@ def panel(shown: Mapping[str, Dialogue]) -> bytes:
     return _png(figure)
 
 
-def _said(row: Dialogue) -> list[str]:
+def _said(row: Dialogue) -> list[list[str]]:
+    """The texts of every turn."""
     if not row.questions:
-        return list(row.answers)
-    return [text for q, a in zip(row.questions, row.answers, strict=True) for text in (f"Q: {q}", f"A: {a}")]
+        return [[answer] for answer in row.answers]
+    return [[f"Q: {q}", f"A: {a}"] for q, a in zip(row.questions, row.answers, strict=True)]
 
 
 def _wrapped(text: str) -> str:
@@ -294,7 +298,8 @@ def _page(
             buffer = io.BytesIO()
             _thumbnail(row.image).save(buffer, "PNG")
             picture = f"<img src='{_inline(buffer.getvalue())}' alt='{html.escape(row.id)}'>"
-        said = "".join(f"<p>{html.escape(text)}</p>" for text in _said(row))
+        turns = ("<br>".join(map(html.escape, turn)) for turn in _said(row))
+        said = "".join(f"<p>{turn}</p>" for turn in turns)
         columns.append(f"<div><h3>{html.escape(name)}</h3>{picture}{said}</div>")
     header = ["Region", "Imagery", "Images", "By zoom", "Average score", "Description"]
     return f"""<!doctype html><html lang=en><meta charset=utf-8><title>Data set statistics</title>
