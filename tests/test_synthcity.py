@@ -15,7 +15,7 @@ from mmrstraj_jax.synthcity import sample as sample_module
 from mmrstraj_jax.synthcity import traffic
 from mmrstraj_jax.synthcity.blocks import content
 from mmrstraj_jax.synthcity.canvas import CLASSES
-from mmrstraj_jax.synthcity.city import make_city
+from mmrstraj_jax.synthcity.city import SPECS, make_city
 from mmrstraj_jax.synthcity.labels import KINDS
 from mmrstraj_jax.synthcity.questions import Balancer
 from mmrstraj_jax.synthcity.rand import Stream
@@ -226,6 +226,12 @@ def test_labels_sum_up(hundred):
         assert np.allclose(labels.shares.sum(-1), 1, atol=1e-5)
         cars = sum(i.kind == "car" and 0 <= i.u < 1 and 0 <= i.v < 1 for i in sample.truth.items)
         assert labels.counts[..., KINDS.index("car")].sum() == cars
+        for cls in SPECS:
+            metres = math.fsum(sample.truth.road_lengths.get(cls, {}).values())
+            here = 10 * float(labels.counts[..., KINDS.index(cls)].sum())
+            assert abs(here - metres) <= 3 + 0.03 * metres, (sample.id, cls)
+        met = sum(kind != "overpass" and kind != "interchange" for kind, _, _ in sample.truth.nodes)
+        assert labels.counts[..., KINDS.index("junction")].sum() >= met
 
 
 def test_splits_share_no_city():
