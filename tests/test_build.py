@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import build_case
 import pytest
@@ -11,6 +13,8 @@ from mmrstraj_jax import build
 from mmrstraj_jax.construction import prompts
 from mmrstraj_jax.data import records
 from mmrstraj_jax.errors import UserError
+from mmrstraj_jax.synthcity import traces
+from mmrstraj_jax.synthcity.city import make_city
 
 pytest.importorskip("openai")
 
@@ -67,6 +71,38 @@ def test_one_command_builds_both_sets(built):
         manifest(built / "rsi-traffic")["counts"]["samples"]
         == manifest(built / "quality")["counts"]["splits"]
     )
+
+
+def test_both_sets_from_synthcity_trips_and_tiles(world, model, tmp_path):
+    traces.write(tmp_path / "traces", "geolife", make_city(0, lat=1.3, lon=103.8), 8)
+    text = build_case.config(world, model.url).read_text()
+    a, b = text.index("[trajectories]"), text.index("[quality]")
+    source = f'[trajectories]\nsource = ["geolife:{tmp_path}/traces/Data"]\n'
+    imagery = '[imagery]\nprovider = "synthcity"\ncity = "0:1.3:103.8"\nzooms = [19]\nsize = 160\n'
+    (tmp_path / "city.toml").write_text(text[:a] + source + imagery + text[b:])
+    build.main(["all", "--out", str(tmp_path / "city"), "--config", str(tmp_path / "city.toml")])
+    rows = records.load(str(tmp_path / "city" / "rsi-traffic" / "rsi_traffic.json"), on_bad="error").rows
+    assert len(rows) >= 3
+    for row in rows:
+        record = json.loads(row.image_paths()[0].with_suffix(".json").read_bytes())
+        assert record["provider"]["name"] == "SynthCity" and record["track"]["points"] >= 2
+
+
+@pytest.mark.slow
+def test_both_stages_train_on_what_was_built(built, tmp_path):
+    """The commands of docs/building.md, two steps each: files and settings as they are."""
+    sets = {
+        "stage1": built / "rsi-instruct" / "rsi_instruct.json",
+        "stage2": built / "rsi-traffic" / "rsi_traffic.json",
+    }
+    for stage, data in sets.items():
+        words = ["--config", stage, "--steps", "2", "--data", data, "--run-dir", tmp_path / stage]
+        words += ["--init-from", tmp_path / "stage1"] if stage == "stage2" else []
+        command = [sys.executable, "-m", "mmrstraj_jax.train", *map(str, words)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        rows = list(map(json.loads, (tmp_path / stage / "metrics.jsonl").open()))
+        assert rows[-1]["step"] == 2 and rows[-1]["loss"] > 0
 
 
 def test_every_image_stands_with_its_record(built):
