@@ -33,8 +33,8 @@ from mmrstraj_jax.synthcity.truth import BUILDINGS, CELL_NAMES
 
 
 @pytest.fixture(scope="module")
-def hundred():
-    return list(samples("eval_base", 3, 60, "A")) + list(samples("eval_base", 4, 40, "B", "traffic"))
+def many():
+    return list(samples("eval_base", 3, 48, "A")) + list(samples("eval_base", 4, 24, "B", "traffic"))
 
 
 def all_things(sample):
@@ -83,8 +83,8 @@ def test_sample_is_the_same_on_every_python(tmp_path):
     assert digest.hexdigest() == "8a6fc26798629333d5ab728101230d7392c9443a017aa9696d56b4af31bffadc"
 
 
-def test_counts_match_the_geometry(hundred):
-    for sample in hundred:
+def test_counts_match_the_geometry(many):
+    for sample in many:
         w, h = sample.view.window.pixels
         inside, seen = Counter(), Counter()
         for thing in all_things(sample):
@@ -104,7 +104,7 @@ def test_counts_match_the_geometry(hundred):
                 assert seen[kind] == 0, (sample.id, kind)
 
 
-def test_objects_are_drawn_where_truth_says(hundred):
+def test_objects_are_drawn_where_truth_says(many):
     """The pixel under each object's centre has the object's class, unless something taller stands there."""
     cls = {
         "car": "car",
@@ -116,7 +116,7 @@ def test_objects_are_drawn_where_truth_says(hundred):
     }
     cls |= {k: "building" for k in BUILDINGS} | {"airplane": "airplane"}
     hits = total = 0
-    for sample in hundred:
+    for sample in many:
         h, w = sample.classes.shape
         for item in sample.truth.items:
             if item.status == "inside":
@@ -125,9 +125,9 @@ def test_objects_are_drawn_where_truth_says(hundred):
     assert total > 1000 and hits / total > 0.985
 
 
-def test_main_direction_matches_the_markings(hundred):
+def test_main_direction_matches_the_markings(many):
     """Total chord of the main class, from densely walked points instead of clipped segments."""
-    named = [s for s in hundred if s.truth.main_direction]
+    named = [s for s in many if s.truth.main_direction]
     assert len(named) > 20
     for sample in named:
         x0, y0, x1, y1 = sample.view.window.bounds
@@ -146,10 +146,10 @@ def test_main_direction_matches_the_markings(hundred):
         assert min(abs(angle - a) for a in axis) < 30, (sample.id, angle)
 
 
-def test_answers_follow_from_the_items(hundred):
+def test_answers_follow_from_the_items(many):
     """Colors, cells, counts and sides of answers, recomputed from pixels of object centres."""
     checked = Counter()
-    for sample in hundred:
+    for sample in many:
         truth = sample.truth
         found = general_questions(truth, Stream(1), Balancer(), 60, with_drills=True)
         for q in found:
@@ -187,7 +187,7 @@ def test_answers_follow_from_the_items(hundred):
 def test_sun_matches_the_shadows():
     """A tree's shadow lies on the side away from the named corner: compare brightness on both sides."""
     good = total = 0
-    for sample in samples("eval_base", 5, 36, "A", square=True):
+    for sample in samples("eval_base", 5, 24, "A", square=True):
         h, w, _ = sample.image.shape
         vertical, horizontal = sample.truth.sun.split(" ")
         dx, dy = (1 if horizontal == "right" else -1), (-1 if vertical == "top" else 1)
@@ -204,8 +204,8 @@ def test_sun_matches_the_shadows():
     assert total > 60 and good / total > 0.85
 
 
-def test_traffic_levels_and_lanes(hundred):
-    for sample in hundred:
+def test_traffic_levels_and_lanes(many):
+    for sample in many:
         facts = traffic.facts_of(sample.truth)
         answers = {q.question: q.answer for q in traffic_questions(facts, Stream(2), Balancer(), 60)}
         moving = sum(i.tag == "moving" and 0 <= i.u < 1 and 0 <= i.v < 1 for i in sample.truth.items)
@@ -219,8 +219,8 @@ def test_traffic_levels_and_lanes(hundred):
             assert (low > len(at) - low) == (facts["side"] in ("left", "top"))
 
 
-def test_labels_sum_up(hundred):
-    for sample in hundred[::7]:
+def test_labels_sum_up(many):
+    for sample in many[::7]:
         labels = sample.labels(8)
         assert labels.shares.shape == (8, 8, len(CLASSES)) and labels.counts.shape == (8, 8, len(KINDS))
         assert np.allclose(labels.shares.sum(-1), 1, atol=1e-5)
@@ -256,7 +256,7 @@ def test_written_rows(tmp_path):
 
 def test_evaluation_is_balanced(tmp_path):
     for split, kind in (("eval_stage1", "eval_general"), ("eval_stage2", "eval_traffic")):
-        rows = json.loads(write_sample(tmp_path, split, 40, 2, "B", kind).read_text())
+        rows = json.loads(write_sample(tmp_path, split, 24, 2, "B", kind).read_text())
         truths = json.loads((tmp_path / f"{split}_truth.json").read_text())
         answers: dict = {}
         for row in rows:
