@@ -191,6 +191,33 @@ def test_no_value_breaks_the_reader(tmp_path_factory, value):
     assert found.rows[0].id == "row0" and len(found.rows) + sum(p.dropped for p in found.problems) == 2
 
 
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    st.lists(
+        st.binary(max_size=12)
+        | st.sampled_from(
+            [b"[", b"]", b",", b"{", b"}", b'"', b"\\", b"\xef\xbb\xbf", b"\r\n", b"NaN", b"\x00"]
+        )
+        | st.just(json.dumps(GOOD).encode()),
+        max_size=8,
+    )
+)
+def test_no_bytes_break_the_reader(tmp_path_factory, parts):
+    """Lists and lines torn apart anywhere: rows, problems with a line, or one error naming the file."""
+    folder = tmp_path_factory.getbasetemp() / "torn"
+    folder.mkdir(exist_ok=True)
+    data_case.picture(4, 4).save(folder / "a.png")
+    path = folder / "rows.json"
+    path.write_bytes(b"".join(parts))
+    try:
+        found = records.load(str(path))
+    except UserError as error:
+        assert "rows.json" in str(error)
+        return
+    for row in found.rows:
+        assert row.id == "row0" or row.conversations
+
+
 # ---- paths
 
 
