@@ -11,8 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
-from mmrstraj_jax.config import ModelConfig, TextConfig, VisionConfig
+from mmrstraj_jax.config import Config, ModelConfig, TextConfig, VisionConfig
 from mmrstraj_jax.data.schedule import Schedule
+
+
+def tower_trains(config: Config) -> bool:
+    """Whether gradients go through the vision tower; stage 0 trains the projector only."""
+    return bool(config.lora.vision_tower) or "vision_tower" in config.train_full
 
 
 @dataclass(frozen=True)
@@ -63,11 +68,13 @@ class Flops:
     def forward(self) -> float:
         return sum(vars(self).values())
 
-    def training(self, remat: str) -> float:
+    def training(self, config: Config) -> float:
         """Forward and backward; "block" computes every layer once more, "dots" its attention scores only."""
-        linear = self.tower_linear + self.projector + self.decoder_linear
-        attention = self.tower_attention + self.decoder_attention
-        total = 2 * linear + 3 * attention + 3 * self.head  # chunks of logits are computed twice
+        remat, through_tower = config.remat, tower_trains(config)
+        linear = self.projector + self.decoder_linear + self.tower_linear * through_tower
+        attention = self.decoder_attention + self.tower_attention * through_tower
+        total = 0.0 if through_tower else self.tower_linear + self.tower_attention
+        total += 2 * linear + 3 * attention + 3 * self.head  # chunks of logits are computed twice
         if remat == "block":
             total += linear - self.projector + attention
         return total + (attention if remat == "dots" else 0)

@@ -21,6 +21,7 @@ from mmrstraj_jax.data.collate import Shape
 from mmrstraj_jax.models.attention import attention
 from mmrstraj_jax.models.layers import Trainable, rematerialised
 from mmrstraj_jax.models.token_reduction import merge_with_text, visual_pool
+from mmrstraj_jax.planning import flops
 from mmrstraj_jax.planning.program import abstract_batch, abstract_model
 from mmrstraj_jax.training.loss import chunk_positions
 from mmrstraj_jax.training.state import merge
@@ -139,6 +140,8 @@ def _phases(config: Config, model: ModelConfig, shape: Shape, rows: int, fused: 
         block = _Block(apply, stacked, args, heads if fused else 0)
         saved[name] = layers[name] * block.kept(config.remat)
         live[name] = block.workspace(config.remat)
+    if not flops.tower_trains(config):  # no gradient goes through it: it runs forward only, and keeps nothing
+        saved["tower"] = 0
 
     joined = _joining(whole, batch, dtype, keys[count])
     head = rows * chunk_positions(rows, batch["positions"].shape[1], text.vocab_size) * text.vocab_size * 4
@@ -159,7 +162,7 @@ def _phases(config: Config, model: ModelConfig, shape: Shape, rows: int, fused: 
             | {"one decoder layer": live["decoder"]},
         ),
         Phase(
-            "tower backward",
+            "tower",
             vision_saved | {"pixels as numbers": pixels, "one tower layer": live["tower"]},
         ),
     ]
@@ -198,7 +201,8 @@ class _Block:
         return kept
 
     def _heads_width(self) -> int:
-        return dict(nnx.to_flat_state(self._params[1]))["self_attn", "q_proj", "weight"].shape[0]
+        leaves = {path: leaf for tree in self._params for path, leaf in nnx.to_flat_state(tree)}
+        return leaves["self_attn", "q_proj", "weight"].shape[0]
 
     def _residuals(self, remat: str) -> list[jax.ShapeDtypeStruct]:
         def apply(trainable, x, frozen, rest):

@@ -44,7 +44,7 @@ def buckets(found: Dataset, config: Config) -> list[str]:
         drawn[bucket] = drawn.get(bucket, 0) + 1
     rows = [("bucket", "views", "tokens", "supervised", "steps an epoch", "TFLOP a row")]
     for number, bucket in enumerate(schedule.buckets, 1):
-        cost = flops.of_row(found.model, *bucket[:3]).training(config.remat) / 1e12
+        cost = flops.of_row(found.model, *bucket[:3]).training(config) / 1e12
         rows.append((str(number), *map(str, bucket[:3]), str(drawn.get(bucket, 0)), f"{cost:.3g}"))
     real = found.shapes[:, :2].sum(0) * (len(steps) * config.batch_size / len(found.shapes))
     padded = sum(np.array(bucket[:2]) * count * config.batch_size for bucket, count in drawn.items())
@@ -80,11 +80,11 @@ def work(found: Dataset, config: Config) -> list[str]:
         row.decoder_linear + row.decoder_attention,
         row.head,
         row.forward,
-        row.training(config.remat),
+        row.training(config),
     )
     cells = [f"{part / 1e12:.3g}" for part in parts]
     rows.append((f"{mean[0]:.1f} views, {mean[1]:.0f} tokens, remat {config.remat}", *cells, f"{four_n:.3g}"))
-    step = row.training(config.remat) * config.batch_size / 1e12
+    step = row.training(config) * config.batch_size / 1e12
     return [*table(rows), f"  a step of {config.batch_size} rows: {step:.3g} TFLOP"]
 
 

@@ -66,7 +66,8 @@ def options(
     distinct, counts = np.unique(rows, axis=0, return_counts=True)
     found = []
     for remat in REMATS:
-        work = [flops.of_row(model, *row[:3]).training(remat) for row in distinct.tolist()]
+        trained = dataclasses.replace(config, remat=remat)
+        work = [flops.of_row(model, *row[:3]).training(trained) for row in distinct.tolist()]
         mean = float(np.average(work, weights=counts))
         for fsdp in dict.fromkeys((1, devices)):
             chosen = dataclasses.replace(config, remat=remat, batch_size=per_device, micro_batch_size=micro)
