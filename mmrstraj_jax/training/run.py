@@ -30,7 +30,7 @@ from mmrstraj_jax.models.lora import add_lora, merge_lora, train_in_full
 from mmrstraj_jax.models.mmrstraj import MMRSTraj
 from mmrstraj_jax.training import state as states
 from mmrstraj_jax.training.checkpoint import UNREADABLE, read_trainable
-from mmrstraj_jax.weights.load import load_model
+from mmrstraj_jax.weights.load import load_model, with_feature_layer
 from mmrstraj_jax.weights.tokens import copy_tokenizer
 
 EMBEDDED = "embedded:tiny"  # in base.json: the weights that come with the package
@@ -39,7 +39,6 @@ NOT_COMPARED = (
     *("run_dir", "notes", "fsdp", "loader", "cluster", "wandb", "compilation_cache"),
     *("save_every", "keep_last", "log_every"),
 )
-NOT_COMPARED += ("wandb", "compilation_cache")
 
 
 def embedded_weights() -> Path:
@@ -249,7 +248,8 @@ def start(config: Config, mesh: Mesh | None = None) -> Start:
 
 def _start_from_weights(config: Config, mesh: Mesh | None) -> Start:
     path = EMBEDDED if config.weights is None else absolute_weights(config.weights)
-    base = {"path": path, "fingerprint": "", "layout": "", "rebuild": None, "init_from": None}
+    base = dict.fromkeys(("rebuild", "init_from")) | dict.fromkeys(("fingerprint", "layout"), "")
+    base |= {"path": path, "feature_layer": config.feature_layer}
     loaded, base = _load_base(base, jnp.dtype(config.dtype), None, mesh)
     attach(loaded.model, config)
     policy = policy_of(config, loaded.config)
@@ -263,6 +263,10 @@ def _start_from_run(config: Config, mesh: Mesh | None) -> Start:
             f"--init-from {folder}: not a run directory; expected one with config.json and base.json"
         )
     previous = open_run(folder, dtype=config.dtype, weights=config.weights, mesh=mesh)
+    if config.feature_layer not in (0, previous.base["feature_layer"]):
+        raise UserError(
+            f"--feature-layer {config.feature_layer}: {folder} was trained on another; leave it out"
+        )
     model, provenance = previous.model, {"run": str(folder.absolute()), "step": previous.step}
     base = dict(previous.base, init_from=provenance)
     base.pop("eval", None)  # that was measured before the previous run
@@ -386,6 +390,7 @@ def _load_base(
             f"{path}: not the weights this run was trained on (fingerprint {loaded.fingerprint[:12]}, "
             f"expected {base['fingerprint'][:12]}); restore them, or name their new place"
         )
+    loaded = with_feature_layer(loaded, base["feature_layer"])
     return loaded, base | {"path": path, "fingerprint": loaded.fingerprint, "layout": loaded.layout}
 
 
