@@ -154,6 +154,25 @@ def test_loss_and_gradients_of_packed_rows_are_those_of_single_ones(tmp_path, mo
         np.testing.assert_allclose(leaf, other, atol=2e-6, rtol=1e-4)
 
 
+def test_loss_and_gradients_do_not_depend_on_padding(tmp_path, model):
+    """Longer rows, more empty views, a larger canvas, more room for targets: the same loss and gradients."""
+    config = case.config(lora=case.LoRAConfig(rank=2, alpha=4.0, dropout=0.0))
+    graphdef, trainable, frozen = states.split(model)
+    made = samples(tmp_path, POLICIES["anyres_max"])
+    snug = made[0].shape
+    for one in made[1:]:
+        snug = snug.join(one.shape)
+    wide = Shape(snug.views + 5, 2 * snug.length, 3 * snug.supervised, snug.canvas + 3, True)
+    compute = jax.jit(lambda batch: gradients(graphdef, config, trainable, frozen, batch, 0))
+    results = []
+    for bucket in (snug, wide):
+        batch = collate.batch(made, bucket, TOKENIZER.pad_id, 28)
+        results.append(compute(case.stacked(jax.tree.map(jnp.asarray, batch))))
+    np.testing.assert_allclose(results[1][0], results[0][0], rtol=1e-6)
+    for leaf, other in zip(*(jax.tree.leaves(result[1]) for result in results), strict=True):
+        np.testing.assert_allclose(leaf, other, atol=2e-6, rtol=1e-4)
+
+
 def test_changing_a_sample_never_changes_its_neighbours(tmp_path, model):
     """Values and gradients, to the last bit; the first, a middle and the last sample in turn."""
     policy = POLICIES["tau"]
