@@ -243,6 +243,9 @@ class Config:
     image_root: str | None = None  # default: the folder of each data file
     on_bad: str = "quarantine"  # a row that cannot be trained on: quarantine (reported, left out) | error
     init_from: str | None = None  # a finished run whose adapters go on
+    feature_layer: int = (
+        0  # tower output that the projector sees, from the end (-1, -2); 0: as in the weights
+    )
     merge_init: bool = False  # merge those adapters into the base and start new ones
     run_dir: str | None = None  # default runs/<name>
     epochs: int = 3
@@ -287,6 +290,10 @@ class Config:
         for key, allowed in choices.items():
             if getattr(self, key) not in allowed:
                 raise UserError(f"{key} {getattr(self, key)!r}: expected one of {', '.join(allowed)}")
+        if self.feature_layer > 0:
+            raise UserError(
+                f"feature_layer {self.feature_layer}: expected -1, -2, ..., or 0 for the weights' own"
+            )
         _check_names("train_full", self.train_full, TRAINABLE_PARTS)
         least = dict.fromkeys(("steps", "seed", "eval_every", "eval_samples"), 0) | dict.fromkeys(
             ("epochs", "batch_size", "micro_batch_size", "fsdp", "max_length", "length_multiple"), 1

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from mmrstraj_jax.config import AnyResConfig
 from mmrstraj_jax.errors import UserError
 from mmrstraj_jax.weights import layouts, native
-from mmrstraj_jax.weights.load import check, load_model
+from mmrstraj_jax.weights.load import check, load_model, with_feature_layer
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -287,3 +287,23 @@ def test_real_key_lists_fill_the_real_models(tied):
         source = Source(key, layout, model, AnyResConfig("anyres_max_9"), None, entries)
         abstract = nnx.eval_shape(lambda model=model: init_model(model, jax.random.key(0), jnp.bfloat16))
         check(source, leaf_shapes(nnx.split(abstract)[1]))
+
+
+def test_features_can_be_taken_earlier(tmp_path):
+    """The last layer but one: as where the file names it (vision_feature_layer -2)."""
+    loaded = case.model(tmp_path / "hub")
+    last = loaded.config.vision.num_layers_run
+    folder = tmp_path / "hub"
+    config = json.loads((folder / "config.json").read_text())
+    earlier = with_feature_layer(loaded, -2)
+    assert earlier.config.vision.feature_layers == (last - 1,)
+    (folder / "config.json").write_text(json.dumps(config | {"vision_feature_layer": -2}))
+    named = load_model(folder, dtype="source")
+    found, expected = native.leaves(earlier.model), native.leaves(named.model)
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[path], expected[path]) for path in expected)
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 28, 28, 3), np.uint8)
+    features = [item.model.encode_views(jax.numpy.asarray(pixels)) for item in (earlier, named)]
+    np.testing.assert_array_equal(*features)
+    with pytest.raises(UserError, match=f"feature_layer -9: expected -1 to -{last - 1}"):
+        with_feature_layer(earlier, -9)

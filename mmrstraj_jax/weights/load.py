@@ -1,5 +1,6 @@
 """`load_model`: any supported weights -> MMRSTraj, tensor by tensor, strict in both directions."""
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -117,6 +118,30 @@ def load_model(
         fresh=tuple(source.fresh),
         unused=unused,
     )
+
+
+def with_feature_layer(loaded: LoadedModel, layer: int) -> LoadedModel:
+    """The same model with features taken earlier in the tower; layers behind them are dropped.
+
+    Args:
+        layer: hidden state counted from the end of the layers that are held (-1: the last one); 0: as it is.
+    Raises:
+        UserError: the tower has no such layer, or hands on several.
+    """
+    vision = loaded.config.vision
+    if layer == 0:
+        return loaded
+    index = vision.num_layers_run + 1 + layer
+    if len(vision.feature_layers) > 1 or not 1 <= index <= vision.num_layers_run:
+        raise UserError(
+            f"feature_layer {layer}: expected -1 to -{vision.num_layers_run}; these weights hand on the "
+            f"output of layers {', '.join(map(str, vision.feature_layers))}"
+        )
+    tower = loaded.model.vision_tower
+    nnx.update(tower.layers, jax.tree.map(lambda leaf: leaf[:index], nnx.state(tower.layers)))
+    vision = dataclasses.replace(vision, feature_layers=(index,))
+    tower.config = vision
+    return dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, vision=vision))
 
 
 def open_source(path: str | Path) -> Source:
