@@ -139,7 +139,12 @@ def main(args: list[str]) -> int:
         part = getattr(config, name.replace("-", "_")) if step == "all" else config
         report = Path(out) / name / "manifest.json"
         before = report.exists() and load(report)["status"] == "finished"
-        STEPS[name](Path(out), part, look)
+        try:
+            STEPS[name](Path(out), part, look)
+        except KeyboardInterrupt:
+            raise UserError(f"{name}: interrupted; the same command goes on where it was") from None
+        except OSError as error:
+            raise UserError(f"{error.filename or out}: {error.strerror}; mend it and run again") from None
         if not look and name != "review":
             print(f"{name}: {'finished before, nothing to do: ' if before else ''}{report}", file=sys.stderr)
     return 0

@@ -1,5 +1,6 @@
 """The build command: both data sets from trips, tiles and captions against a local server."""
 
+import errno
 import json
 import shutil
 import subprocess
@@ -9,7 +10,7 @@ import build_case
 import pytest
 from llm_server import KEY, Model
 
-from mmrstraj_jax import build
+from mmrstraj_jax import build, jsonl
 from mmrstraj_jax.construction import prompts
 from mmrstraj_jax.data import records
 from mmrstraj_jax.errors import UserError
@@ -205,6 +206,9 @@ def test_the_key_is_in_no_artifact(built, world, model, tmp_path, monkeypatch, c
     assert KEY not in str(caught.value) + "".join(capfd.readouterr())
     for path in tmp_path.rglob("*"):
         assert path.is_dir() or KEY.encode() not in path.read_bytes()
+    with pytest.raises(UserError, match="--key-variable") as caught:
+        build.main([*words, "--key-variable", KEY])
+    assert KEY not in str(caught.value)
 
 
 def test_names_of_places_cannot_steer_the_answers(built, world, model, tmp_path):
@@ -260,3 +264,19 @@ def test_help_names_every_setting(capsys):
     assert build.main(["rsi-traffic", "--help"]) == 0
     shown = capsys.readouterr().out
     assert "basic" in shown and "0.8" in shown and "--preview N" in shown and "zooms" not in shown
+
+
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(built, world, model, tmp_path, monkeypatch):
+    words = ["rsi-instruct", "--out", str(tmp_path), "--config", str(build_case.config(world, model.url))]
+
+    def full(file, row, real=jsonl.append, written=[]):  # noqa: B006 - counts over calls
+        written.append(row)
+        if len(written) == 9:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(file, row)
+
+    monkeypatch.setattr(jsonl, "append", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        build.main(words)
+    assert build.main(words) == 0 and max(model.paid.values()) == 1
+    assert build_case.files(tmp_path / "rsi-instruct") == build_case.files(built / "rsi-instruct")

@@ -72,7 +72,7 @@ def test_a_killed_step_goes_on_and_gives_the_same(world, tmp_path, monkeypatch):
         return real(self, window)
 
     monkeypatch.setattr(providers.TileFolder, "image", dies)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(UserError, match="imagery: interrupted; the same command goes on"):
         imagery(world, tmp_path / "city", *words)
     (tmp_path / "city" / "imagery" / "images" / records(tmp_path / "straight")[0]["image"]).write_bytes(
         b"torn"

@@ -6,6 +6,7 @@ turn, from which draws), quarantine.jsonl (what was left out and why) and calls.
 
 import dataclasses
 import hashlib
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -45,6 +46,9 @@ class ModelSettings:
     def __post_init__(self):
         if self.concurrency < 1 or self.tries < 1 or self.timeout <= 0 or self.backoff < 0:
             raise UserError("--concurrency and --tries: expected 1 or more; --timeout and --backoff: seconds")
+        if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.key_variable):
+            # not shown: it may be the key itself
+            raise UserError("--key-variable: expected an environment variable's name, like OPENAI_API_KEY")
         if self.max_cost and not (self.prompt_price or self.completion_price):
             raise UserError("--max-cost: without --prompt-price and --completion-price no cost is known")
 

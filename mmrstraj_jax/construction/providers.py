@@ -81,6 +81,9 @@ def _fill(pattern: str, zoom: int, x: int, y: int, key: str = "") -> str:
 
 
 def _secret(variable: str) -> str:
+    if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", variable):
+        # not shown: it may be the key itself
+        raise UserError("--key-variable: expected the name of an environment variable, like TILE_KEY")
     value = os.environ.get(variable, "").strip()
     if not value:
         raise UserError(f"{variable}: not set; expected the provider's key in this environment variable")

@@ -156,14 +156,15 @@ def duplicates(hashes: np.ndarray, distance: int) -> list[int]:
     A repeated image is compared with first ones only, so chains of small steps do not merge.
     """
     signs = np.where(hashes, 1, -1).astype(np.float32)
-    bits = signs.shape[1] if len(signs) else 0
+    bank = np.empty_like(signs)  # of the first ones
     firsts: list[int] = []
     found = []
     for number, mine in enumerate(signs):
-        apart = (bits - signs[firsts] @ mine) / 2 if firsts else np.zeros(0)
+        apart = (len(mine) - bank[: len(firsts)] @ mine) / 2
         near = np.flatnonzero(apart <= distance)
         found.append(firsts[near[0]] if len(near) else -1)
         if not len(near):
+            bank[len(firsts)] = mine
             firsts.append(number)
     return found
 
