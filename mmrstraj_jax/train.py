@@ -22,6 +22,7 @@ again"; 1 anything else (docs/reliability.md).
 import json
 import os
 import sys
+import traceback
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -299,6 +300,9 @@ def main(args: list[str]) -> int:
     except (Diverged, SaveFailed, LockLost) as error:
         print(f"error: {error}", file=sys.stderr)
         return leave(1)
+    except Exception:
+        traceback.print_exc()
+        return leave(1)  # not raised: the interpreter's clean end would wait for processes that are gone
     return 0
 
 

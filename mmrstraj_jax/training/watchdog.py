@@ -20,6 +20,7 @@ from typing import Any
 EXIT_PEER = 69  # EX_UNAVAILABLE: another process is dead or stuck; what is saved is good, a restart goes on
 KEYS = "mmrstraj/alive/"
 VERDICT = "mmrstraj/verdict"
+LEFT = "mmrstraj/left/"
 GOES_ON = "; finished checkpoints are good, the same command goes on"
 
 
@@ -39,6 +40,7 @@ class Watchdog:
         self._name = f"process {index} ({socket.gethostname()}, pid {os.getpid()})"
         self._beats, self._doing, self._since = 0, "starting", time.monotonic()
         self._armed = self._stalled = False
+        self._num_silent = 0
         self._contact = time.monotonic()
         self._seen: dict[int, tuple[dict[str, Any], float]] = {}
         self._done, self._ending = threading.Event(), threading.Lock()
@@ -68,13 +70,21 @@ class Watchdog:
                 self._client.key_value_set(VERDICT, json.dumps({"line": line, "code": code}))
             except Exception:  # a verdict is there already, or there is nobody left to tell
                 return
-            if self._index == 0:  # the service lives in this process: let the others read it first
-                time.sleep(3 * self._period)
+            self._leave()
 
     def wait_for_verdict(self) -> None:
         """After a collective failed: gives the watchdog the time it needs to say why. May not return."""
         if self._client is not None:
             time.sleep(self._heartbeat + 5 * self._period)
+
+    def _leave(self) -> None:
+        """This process has read the verdict. The first one, in which the service lives, goes last."""
+        self._client.key_value_set(f"{LEFT}{self._index}", "", allow_overwrite=True)
+        end = time.monotonic() + self._heartbeat / 2
+        while self._index == 0 and time.monotonic() < end:
+            if len(self._client.key_value_dir_get(LEFT)) >= self._count - self._num_silent:
+                return
+            time.sleep(self._period / 2)
 
     # ---- threads ----
 
@@ -90,16 +100,13 @@ class Watchdog:
                 if self._index == 0:
                     self._look(self._client.key_value_dir_get(KEYS))
                 verdict = self._client.key_value_try_get(VERDICT)
-            except (
-                Exception
-            ) as error:  # NOT_FOUND is the good case; anything else is an answer that is missing
+            except Exception as error:  # NOT_FOUND is the good case, anything else a missing answer
                 if "NOT_FOUND" not in str(error):
                     continue
                 verdict = None
             self._contact = time.monotonic()
             if verdict is not None and not self._done.is_set():
-                if self._index == 0:
-                    time.sleep(3 * self._period)  # as in `tell`
+                self._leave()
                 self._end(**json.loads(verdict))
 
     def _look(self, entries: list[tuple[str, str]]) -> None:
@@ -137,6 +144,7 @@ class Watchdog:
             if now - when > self._heartbeat
         ]
         if silent:
+            self._num_silent = len(silent)
             self._condemn(f"dead or frozen: {'; '.join(sorted(silent))}")
 
     def _name_the_stuck(self) -> None:
