@@ -22,7 +22,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from PIL import Image
-from results import BASE, DOC, command, replace_section
+from results import BASE, DOC, claim, command, fingerprint, replace_section
 
 from mmrstraj_jax.config import AnyResConfig, load_config
 from mmrstraj_jax.data import anyres
@@ -183,6 +183,8 @@ def main(args: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=200, help="of each policy (default 200)")
     parser.add_argument("--images", type=int, default=800, help="to train on (default 800); a third to test")
     options = parser.parse_args(args)
+    made = {"base": fingerprint(BASE), "steps": options.steps, "images": options.images}
+    claim(options.out, made)
     data = write_rows(options.out / "data", "base", options.images)
     eval_data = write_rows(options.out / "data", "eval_base", options.images // 3)
     rows = [measure(options.out, name, options.steps, data, eval_data) for name in POLICIES]

@@ -8,6 +8,7 @@ blanked images (the blind twin), and evaluate each on the benchmark. The same co
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 import mmrstraj_jax
-from mmrstraj_jax.errors import run_command
+from mmrstraj_jax.errors import UserError, run_command
 from mmrstraj_jax.evaluation import score, stats, tasks
 from mmrstraj_jax.evaluation.readers import Item
 from mmrstraj_jax.synthcity import traffic
@@ -74,23 +75,44 @@ def command(module: str, *arguments: object) -> float:
     return time.perf_counter() - start
 
 
-def blanked(rows: Path, images: Path, folder: Path) -> Path:
-    """A copy of a data file whose images are grey, of their sizes; returns the file."""
-    copy = folder / rows.name
-    if not copy.exists():
-        (folder / "images").mkdir(parents=True, exist_ok=True)
-        for path in images.glob("*.png"):
+def blanked(source: Path, folder: Path) -> Path:
+    """A copy of a folder of data files whose images are grey, of their sizes."""
+    if not folder.exists():
+        work = folder.with_name(folder.name + ".tmp")
+        (work / "images").mkdir(parents=True, exist_ok=True)
+        for path in source.glob("images/*.png"):
             with Image.open(path) as image:
-                Image.new("RGB", image.size, (127, 127, 127)).save(folder / "images" / path.name)
-        shutil.copy(rows, copy)
-    return copy
+                Image.new("RGB", image.size, (127, 127, 127)).save(work / "images" / path.name)
+        for path in source.glob("*.json"):
+            shutil.copy(path, work)
+        work.rename(folder)
+    return folder
+
+
+def claim(out: Path, settings: dict) -> None:
+    """Keeps what the results are made from beside them. Raises UserError: they are of something else."""
+    path = out / "made_from.json"
+    if path.exists() and json.loads(path.read_text()) != settings:
+        raise UserError(f"--out {out}: holds results of another base, benchmark or setting; name another")
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings, indent=1) + "\n")
+
+
+def fingerprint(folder: Path) -> str:
+    """Of all files of a folder."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def run_all(out: Path, steps: int | None, limit: int | None) -> dict[str, float]:
     """All training and evaluation below `out`; returns the seconds of each command that did something."""
-    sample, bench = ensure_sample(), ensure_bench()
-    data = {name: blanked(sample[name], sample[name].parent / "images", out / "blank") for name in sample}
-    grey = blanked(bench, bench.parent / "images", out / "blank_bench")
+    bench = ensure_bench().parent
+    claim(out, {"base": fingerprint(BASE), "bench": bench.name, "steps": steps, "limit": limit})
+    grey = blanked(ensure_sample()["stage1"].parent, out / "blank")
+    grey_bench = blanked(bench, out / "blank_bench")
     recipe = () if steps is None else ("--steps", steps)
     part = ("--meteor", "none", "--batch-size", 64, *(() if limit is None else ("--limit", limit)))
     seconds = {}
@@ -113,9 +135,8 @@ def run_all(out: Path, steps: int | None, limit: int | None) -> dict[str, float]
     train("stage2", "stage2", "--init-from", out / "stage1")
     evaluate("stage2", "--run", out / "stage2")
     for stage, more in (("stage1", ()), ("stage2", ("--init-from", out / "blind_stage1"))):
-        files = ("--data", data[stage], "--eval-data", data[f"eval_{stage}"])
-        train(f"blind_{stage}", stage, *files, *more)
-    evaluate("blind", "--run", out / "blind_stage2", "--images", grey.parent / "images")
+        train(f"blind_{stage}", stage, "--data", grey / f"{stage}.json", "--eval-samples", 0, *more)
+    evaluate("blind", "--run", out / "blind_stage2", "--images", grey_bench / "images")
     return seconds
 
 

@@ -7,7 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mmrstraj_jax.config import load_config
+from mmrstraj_jax.errors import UserError
 from mmrstraj_jax.evaluation.readers import Item
+from mmrstraj_jax.settings import take_option
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
@@ -55,6 +58,42 @@ def test_tables_state_counts_intervals_and_paired_gains(results):
     assert "traffic, domain A" not in text.replace("**", "")
     low, high = lines["stage 2, traffic"].split("| +60.0 | ")[1].strip(" |").split(" to ")
     assert 40 < float(low) < 60 < float(high) < 80
+
+
+def test_the_commands_are_run_in_order_and_once(results, tmp_path, monkeypatch):
+    """The whole flow with commands that only note their words and leave what the real ones would."""
+    from PIL import Image
+
+    for name in ("sample", "bench"):
+        (tmp_path / name / "images").mkdir(parents=True)
+        Image.new("RGB", (30, 20), (200, 10, 10)).save(tmp_path / name / "images" / "a.png")
+    (tmp_path / "sample" / "stage1.json").write_text("[]")
+    (tmp_path / "sample" / "stage2.json").write_text("[]")
+    monkeypatch.setattr(results, "ensure_sample", lambda: {"stage1": tmp_path / "sample" / "stage1.json"})
+    monkeypatch.setattr(results, "ensure_bench", lambda: tmp_path / "bench" / "annotations.json")
+    calls = []
+
+    def command(module, *words):
+        calls.append((module, *map(str, words)))
+        place = Path(words[words.index("--run-dir" if module == "train" else "--out") + 1])
+        place.mkdir(parents=True)
+        (place / ("summary.json" if module == "train" else "scores.json")).touch()
+        if module == "train":
+            args = [str(word) for word in words]
+            _, args = take_option(args, "--config")
+            config, _ = load_config(words[1], args)  # every option is one that train.py has
+            assert config.steps == 7 and (config.data is None) == ("blind" not in place.name)
+        return 1.0
+
+    monkeypatch.setattr(results, "command", command)
+    assert len(results.run_all(tmp_path / "out", 7, 5)) == len(calls) == 8
+    assert [c[0] for c in calls] == ["evaluate", *["train", "evaluate"] * 2, "train", "train", "evaluate"]
+    assert calls[-1][calls[-1].index("--images") + 1] == str(tmp_path / "out" / "blank_bench" / "images")
+    grey = Image.open(tmp_path / "out" / "blank" / "images" / "a.png")
+    assert grey.size == (30, 20) and np.asarray(grey).min() == np.asarray(grey).max() == 127
+    assert results.run_all(tmp_path / "out", 7, 5) == {} and len(calls) == 8
+    with pytest.raises(UserError, match="another base"):
+        results.run_all(tmp_path / "out", 8, 5)
 
 
 def test_a_section_is_replaced_and_nothing_else(results, tmp_path):

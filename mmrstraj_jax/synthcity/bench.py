@@ -31,7 +31,7 @@ VERSION = "1"
 HASHES = Path(__file__).with_name("bench.json")
 DOMAINS = {"A": 0, "B": 1}  # -> seed of the split
 IMAGES = 160  # of each domain
-GENERAL, TRAFFIC = 6, 5  # questions of an image at most, before the yes/no answers are evened out
+GENERAL, TRAFFIC = 5, 4  # questions of an image at most, before the yes/no answers are evened out
 
 
 def annotations(images: int = IMAGES) -> Iterator[tuple[UInt8[np.ndarray, "H W 3"], dict]]:
