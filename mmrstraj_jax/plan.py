@@ -13,6 +13,7 @@ wire bytes, which strategy fits which GPU, and why. Reads no weights and allocat
 Bad input: one line, exit code 2.
 """
 
+import difflib
 import math
 import time
 from pathlib import Path
@@ -20,6 +21,8 @@ from pathlib import Path
 from mmrstraj_jax.config import Config, load_config
 from mmrstraj_jax.errors import UserError, run_command
 from mmrstraj_jax.settings import take_flag, take_option
+
+OPTIONS = ("--config", "--gpus", "--devices", "--preview", "--samples", "--dry-run")
 
 
 def plan(
@@ -74,6 +77,9 @@ def main(args: list[str]) -> int:
     samples, args = _take_number(args, "--samples")
     page, args = take_option(args, "--preview")
     dry_run, args = take_flag(args, "--dry-run")
+    for word in args:
+        if near := difflib.get_close_matches(word.partition("=")[0], OPTIONS, 1, 0.85):
+            raise UserError(f"unknown option {word}: did you mean {near[0]}?")
     config, _ = load_config(name or "stage1", args)
 
     from mmrstraj_jax.planning.gpus import find

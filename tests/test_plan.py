@@ -224,7 +224,8 @@ def test_tokens_of_the_preview_are_those_of_the_batch(world, tmp_path, monkeypat
         (["--devices", "3", "--batch-size", "4"], "--devices 3: expected a divisor of batch_size 4"),
         (["--devices", "many"], "--devices many: expected a whole number"),
         (["--data", "missing.json"], "missing.json"),
-        (["--previw", "x.html"], "unknown option --previw"),
+        (["--previw", "x.html"], "unknown option --previw: did you mean --preview"),
+        (["--stepz", "3"], "unknown option --stepz: did you mean --steps"),
     ],
 )
 def test_mistakes_are_user_errors(words, message):
