@@ -112,6 +112,27 @@ def test_traffic_follows_hour_and_class():
         assert share < flow.BOTTLENECK and hourly.speed[road, 17] < flow.BOTTLENECK * hourly.free[road]
 
 
+def test_a_window_sums_up_its_roads():
+    city = make_city(6)
+    hourly = flow.of_city(city)
+    low, high = network_of(city).xy.min(0) - 1, network_of(city).xy.max(0) + 1
+    whole = flow.of_window(city, (*low, *high))
+    for hour in (3, 8, 17):
+        driven = {r.id: hourly.flow[r.id, hour] * r.length / 1000 for r in city.roads}
+        assert math.isclose(whole.vehicle_km[hour], sum(driven.values()), rel_tol=1e-9)
+        spent = sum(km / hourly.speed[i, hour] for i, km in driven.items() if km)
+        assert math.isclose(whole.speed[hour], sum(driven.values()) / spent, rel_tol=1e-9)
+        assert whole.bottlenecks[hour] == tuple(i for i, _ in hourly.bottlenecks(city.roads, hour))
+    middle = (low + high) / 2
+    halves = [(*low, middle[0], high[1]), (middle[0], low[1], *high)]
+    parts = sum(flow.of_window(city, half).vehicle_km for half in halves)
+    assert np.allclose(parts, whole.vehicle_km, rtol=1e-9)
+    nowhere = flow.of_window(city, (1e5, 1e5, 2e5, 2e5))
+    assert nowhere.vehicle_km.sum() == 0 and np.isnan(nowhere.speed).all()
+    busiest = max(city.roads, key=lambda r: hourly.flow[r.id].sum()).id
+    assert hourly.flow[busiest, hourly.peak_hour(busiest)] == hourly.flow[busiest].max()
+
+
 def test_answers_agree_with_the_flow():
     """Stated counts and speeds, and the hour's phase, recomputed from the city's trips."""
     asked = set()

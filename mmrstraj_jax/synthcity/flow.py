@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -85,6 +86,27 @@ def of_city(city: City) -> Flow:
     if "flow" not in city.cache:
         city.cache["flow"] = hourly(trips.plan(city, TRIPS))
     return city.cache["flow"]
+
+
+class WindowFlow(NamedTuple):
+    """Traffic inside a rectangle, hour by hour."""
+
+    vehicle_km: Float[np.ndarray, " 24"]
+    speed: Float[np.ndarray, " 24"]  # km/h of all vehicles together; NaN where nobody drives
+    bottlenecks: tuple[tuple[int, ...], ...]  # ids of the roads that hold up traffic, the worst first
+
+
+def of_window(city: City, bounds: tuple[float, float, float, float]) -> WindowFlow:
+    """The traffic of a city's standard day inside x0, y0, x1, y1 (metres)."""
+    hourly = of_city(city)
+    lengths = lengths_inside(city.roads, bounds)
+    roads = [city.roads[i] for i in lengths]
+    km = hourly.flow[list(lengths)] * np.array(list(lengths.values()))[:, None] / 1000
+    hours = np.divide(km, hourly.speed[list(lengths)], out=np.zeros_like(km), where=km > 0)
+    total, spent = km.sum(0), hours.sum(0)
+    speed = np.divide(total, spent, out=np.full(24, np.nan), where=spent > 0)
+    worst = tuple(tuple(i for i, _ in hourly.bottlenecks(roads, hour)) for hour in range(24))
+    return WindowFlow(total, speed, worst)
 
 
 def lengths_inside(roads: Iterable[Road], bounds: tuple[float, float, float, float]) -> dict[int, float]:
