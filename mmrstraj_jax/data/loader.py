@@ -189,7 +189,7 @@ class _Ahead:
             for child in multiprocessing.active_children():
                 if child.name.startswith("grain-"):
                     child.kill()  # closing would wait long for one that hangs
-            raise TimeoutError(f"no batch for {self._timeout:g} s (loader.timeout)") from None
+            raise TimeoutError(f"no batch for {self._timeout + patience:g} s (loader.timeout)") from None
         if error is not None:
             raise error
         return item
