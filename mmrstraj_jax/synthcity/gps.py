@@ -74,12 +74,12 @@ class Receiver:
         t = np.arange(times[0], end, interval)
         true = np.stack([np.interp(t, times, points[:, k]) for k in (0, 1)], 1)
         slow = _wander(draw, t - t[0], 30.0, NOISE)
-        seen = true + slow + NOISE * _normal(draw, (len(t), 2))
+        seen = true + slow + NOISE * _normal(draw, len(t))
         accuracy = np.round(4 + 8 * draw(len(t)), 1)
-        return _damaged(self.trips.city, found, t, true, seen, accuracy, times[-1], draw)
+        return _damaged(self.trips.city, found, interval, t, true, seen, accuracy, times[-1], draw)
 
 
-def _damaged(city: City, found: set[str], t, true, seen, accuracy, arrival: float, draw) -> Fixes:
+def _damaged(city: City, found: set[str], interval, t, true, seen, accuracy, arrival, draw) -> Fixes:
     """Puts the drawn defects in; each takes fixes that no other has, or is left out of a trip too short."""
     n = len(t)
     parked = t > arrival
@@ -100,8 +100,7 @@ def _damaged(city: City, found: set[str], t, true, seen, accuracy, arrival: floa
         marks["drift"] = np.flatnonzero(parked).tolist()
     keep = np.ones(n, bool)
     if "gap" in found:
-        size = int((60 + 60 * draw()) / max(t[1] - t[0], 1e-9)) if n > 1 else n
-        run = place(max(size, 1))
+        run = place(max(int((60 + 60 * draw()) / interval), 1))
         if run is not None:
             keep[run] = False
             taken[run[-1] + 1] = True
@@ -115,7 +114,7 @@ def _damaged(city: City, found: set[str], t, true, seen, accuracy, arrival: floa
     if "poor" in found:
         run = place(1 + int(4 * draw()))
         if run is not None:
-            seen[run] += 80.0 * _normal(draw, (len(run), 2))
+            seen[run] += 80.0 * _normal(draw, len(run))
             accuracy[run] = np.round(60 + 90 * draw(len(run)), 1)
             marks["poor"] = run.tolist()
     lat, lon = to_degrees(city, seen)
@@ -154,12 +153,12 @@ def _lane(trips: Trips, edge: int) -> tuple[Float[np.ndarray, " P"], Float[np.nd
 
 def _wander(draw, t: Float[np.ndarray, " N"], period: float, size: float) -> Float[np.ndarray, "N 2"]:
     """A slow walk: a new point of standard deviation `size` every `period` seconds, straight in between."""
-    knots = size * _normal(draw, (int(t[-1] / period) + 2, 2))
+    knots = size * _normal(draw, int(t[-1] / period) + 2)
     return np.stack([np.interp(t / period, np.arange(len(knots)), knots[:, k]) for k in (0, 1)], 1)
 
 
-def _normal(draw, shape: tuple[int, int]) -> Float[np.ndarray, "N 2"]:
+def _normal(draw, num: int) -> Float[np.ndarray, "N 2"]:
     """Standard normal pairs from uniform draws (Box and Muller 1958), the same with every NumPy."""
-    u = draw((2, shape[0]))
+    u = draw((2, num))
     radius, angle = np.sqrt(-2 * np.log1p(-u[0])), 2 * np.pi * u[1]
     return np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1)
