@@ -18,7 +18,7 @@ from mmrstraj_jax import build
 from mmrstraj_jax.errors import UserError
 
 pytest.importorskip("openai")
-pytestmark = [pytest.mark.faults, pytest.mark.slow]
+pytestmark = pytest.mark.faults
 KILLS = 20
 CONCURRENCY = 4
 PRICE = (100 * 1.0 + 20 * 10.0) / 1e6  # of the server's replies
@@ -61,6 +61,7 @@ def words(world, model, out, **options):
     return words
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("idempotent", [True, False])
 def test_twenty_kills_change_nothing_and_pay_nothing_twice(world, model, straight, tmp_path, idempotent):
     expected, seconds = straight
