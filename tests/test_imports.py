@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "weights": {"config", "models", "errors", "settings", "weights", "data"},
     "data": {"config", "models", "errors", "settings", "data"},
     "synthcity": {"errors", "synthcity"},
-    "inference": {"config", "models", "errors", "data", "weights", "inference"},
+    "inference": {"config", "models", "errors", "data", "weights", "inference", "parallel"},
     "planning": {
         "config",
         "models",
