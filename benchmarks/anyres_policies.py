@@ -24,7 +24,7 @@ import matplotlib.pyplot as plt
 from PIL import Image
 from results import BASE, DOC, claim, command, fingerprint, replace_section
 
-from mmrstraj_jax.config import AnyResConfig, load_config
+from mmrstraj_jax.config import AnyResConfig
 from mmrstraj_jax.data import anyres
 from mmrstraj_jax.errors import run_command
 from mmrstraj_jax.evaluation.stats import wilson
@@ -89,16 +89,30 @@ def write_rows(folder: Path, split: str, images: int) -> Path:
 
 def write_config(out: Path, name: str, steps: int, data: Path) -> Path:
     """A config file as a user would write one: the base's recipe with another policy."""
-    config, _ = load_config("tiny_base", [], model="tiny")
-    config = dataclasses.replace(
-        config, name=name, steps=steps, batch_size=4, micro_batch_size=4, weights=str(BASE), data=str(data),
-        eval_every=0, eval_samples=0, save_every=steps, anyres=POLICIES[name].anyres,
-    )  # fmt: skip
+    policy = POLICIES[name].anyres
     path = out / f"{name}.py"
-    path.write_text(
-        "from mmrstraj_jax.config import AnyResConfig, Config, LoRAConfig, OptimConfig\n\n\n"
-        f"def get_config(model):\n    return {config!r}\n"
+    path.write_text(f"""import dataclasses
+
+from mmrstraj_jax.config import AnyResConfig, load_config
+
+
+def get_config(model):
+    config, _ = load_config("tiny_base", [], model=model)
+    anyres = AnyResConfig().for_views(112, 14)
+    return dataclasses.replace(
+        config,
+        name={name!r},
+        weights={str(BASE)!r},
+        data={str(data)!r},
+        steps={steps},
+        batch_size=4,
+        micro_batch_size=4,
+        eval_every=0,
+        eval_samples=0,
+        save_every={steps},
+        anyres=dataclasses.replace(anyres, tau={policy.tau!r}, grid_pinpoints={policy.grid_pinpoints!r}),
     )
+""")
     return path
 
 

@@ -130,4 +130,7 @@ def test_policies_differ_in_tokens_and_their_plot_is_drawn(results, tmp_path):
     policies.plot(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5000
     data = policies.write_rows(tmp_path, "base", 5)
-    assert policies.write_config(tmp_path, "tau90", 3, data).is_file()
+    path = policies.write_config(tmp_path, "base", 3, data)
+    config, _ = load_config(str(path), [], model="tiny")
+    assert config.anyres == policies.POLICIES["base"].anyres and config.steps == 3
+    assert config.data == str(data) and not config.lora.vision_tower
