@@ -263,7 +263,7 @@ def _start_from_run(config: Config, mesh: Mesh | None) -> Start:
             f"--init-from {folder}: not a run directory; expected one with config.json and base.json"
         )
     previous = open_run(folder, dtype=config.dtype, weights=config.weights, mesh=mesh)
-    if config.feature_layer not in (0, previous.base["feature_layer"]):
+    if config.feature_layer not in (0, previous.base.get("feature_layer", 0)):
         raise UserError(
             f"--feature-layer {config.feature_layer}: {folder} was trained on another; leave it out"
         )
@@ -390,7 +390,7 @@ def _load_base(
             f"{path}: not the weights this run was trained on (fingerprint {loaded.fingerprint[:12]}, "
             f"expected {base['fingerprint'][:12]}); restore them, or name their new place"
         )
-    loaded = with_feature_layer(loaded, base["feature_layer"])
+    loaded = with_feature_layer(loaded, base.get("feature_layer", 0))
     return loaded, base | {"path": path, "fingerprint": loaded.fingerprint, "layout": loaded.layout}
 
 
