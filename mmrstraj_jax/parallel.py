@@ -20,6 +20,7 @@ BATCH_AXES = ("data", "fsdp")
 
 # First match wins: (pattern of the flat name, axis that fsdp splits). Stacked weights are [layers, out, in].
 FSDP_AXES: tuple[tuple[str, int | None], ...] = (
+    (r"norm\d?\.weight$", None),  # too small to be worth a collective
     (r"\.layers\..*\.lora_A$", 2),  # [layers, r, in]: r is too small to split
     (r"\.layers\..*\.(weight|lora_B)$", 1),
     (r"\.(embed_tokens|lm_head)\.weight$", 1),  # [vocabulary, hidden]: a row lookup stays local

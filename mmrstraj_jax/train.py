@@ -194,19 +194,21 @@ def train(config: Config, overridden: frozenset[str] = frozenset(), launch: Laun
             meter.pause()
             return scores
 
-        if first == 0 and "eval" not in base:  # what training has to beat
-            base = base | {"eval": score(0)}
-            if processes.primary:
-                run.write_json(run_dir / "base.json", base)
-
         # The largest program first, on a copy and on padding: memory that does not suffice shows now
         if (largest := data.train.schedule.largest(first, total)) is not None:
             blank = setup.fold(data.train.blank(largest), micro_rows)
             copy = jax.tree.map(jax.numpy.copy, (trainable, opt_state))
             blank = parallel.shard_batch(blank, mesh, batch_axis=1)
+            train_step.lower(*copy, frozen, blank, first).compile()
+            processes.meet()  # collectives give up on a process that compiles half a minute longer
             jax.block_until_ready(train_step(*copy, frozen, blank, first))
             del copy, blank
             meter.pause()
+
+        if first == 0 and "eval" not in base:  # what training has to beat
+            base = base | {"eval": score(0)}
+            if processes.primary:
+                run.write_json(run_dir / "base.json", base)
 
         # Loop: the metrics of a step are read while the next one computes
         stop.arm()

@@ -228,8 +228,11 @@ class Processes:
         return answer["value"]
 
     def meet(self) -> None:
-        """Returns when the first process has come here; before an end that is the same for all."""
-        self.from_first(lambda: None)
+        """Returns when all processes have come here. Raises JaxRuntimeError after step_timeout seconds."""
+        if self._client is not None:
+            self._questions += 1
+            patience = round(1000 * self._config.step_timeout)
+            self._client.wait_at_barrier(f"mmrstraj/meet/{self._questions}", patience)
 
     def agree(self, what: str, mine: Mapping[str, Any]) -> None:
         """Raises UserError on all processes, naming keys and processes, where they do not hold the same."""
