@@ -125,7 +125,7 @@ def test_synthcity_is_a_provider(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--provider", "bing"], "expected one of folder, xyz, google, synthcity"),
+        (["--provider", "bing"], "expected one of folder, xyz, google, earthengine, stac, synthcity"),
         (["--provider", "folder"], "--tiles: expected with"),
         (["--provider", "folder", "--tiles", ".", "--title", "x", "--attribution", "y"], "--licence"),
         (["--provider", "folder", "--tiles", "absent", *SOURCE], "no such folder"),

@@ -10,7 +10,9 @@ import pytest
 from PIL import Image
 
 from mmrstraj_jax import generate
-from mmrstraj_jax.construction import geotiff, ground, tiles, trip_image
+from mmrstraj_jax.construction import geotiff, ground, tiles, trip_image, windows
+from mmrstraj_jax.construction.download import Downloader
+from mmrstraj_jax.construction.trajectories import Anchor, Trajectory
 from mmrstraj_jax.construction.trip_image import TripImage
 from mmrstraj_jax.errors import UserError
 
@@ -168,6 +170,17 @@ def test_geotiff_tags(world, tmp_path):
     assert entries == {1024: (0, 1, 1), 1025: (0, 1, 1), 3072: (0, 1, 3857), 3076: (0, 1, 9001)}
     with pytest.raises(UserError, match="expected 256 x 256 RGB"):
         geotiff.write(tmp_path / "a.tif", image[1:], tiles.Window(**record["window"]))
+
+
+def test_the_build_writes_one_beside_each_image(world, tmp_path):
+    provider = trip_image.provider_of(settings(world), Downloader(None))
+    lat, lon = np.full(9, LAT), LON + np.arange(9) / 1e4
+    trip = Trajectory("a", np.arange(9.0), lat, lon)
+    window = tiles.window_at(LAT, LON + 4e-4, 18, 64)
+    config = windows.Imagery(geotiff=True, draw_track=True)
+    windows._image(tmp_path / "a.png", provider, trip, window, Anchor(LAT, LON, 4, "centroid"), config)
+    with Image.open(tmp_path / "a.tif") as file:  # without the track
+        assert np.array_equal(np.asarray(file), map_pixels(dataclasses.asdict(window)))
 
 
 # ---- the command ----

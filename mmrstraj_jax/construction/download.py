@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -15,6 +16,8 @@ from mmrstraj_jax.construction import fetch
 from mmrstraj_jax.construction.files import write_atomic
 from mmrstraj_jax.construction.imagery import NoImagery, decode
 from mmrstraj_jax.errors import UserError
+
+_IMAGES = ("image/png", "image/jpeg")
 
 
 class RateLimiter:
@@ -61,10 +64,10 @@ class Downloader:
         self._limiter = RateLimiter(interval, sleep)
         self._jitter = random.Random()  # not a seed's business: many machines must not try again in step
 
-    def image(self, url: str, name: str, size: tuple[int, int]) -> UInt8[np.ndarray, "H W 3"]:
+    def image(self, url: str, name: str, size: tuple[int, int], **request: Any) -> UInt8[np.ndarray, "H W 3"]:
         """Pixels behind `url`, from the cache file `name` if it is whole.
 
-        Raises NoImagery (404), FetchError, UserError.
+        `request`: headers and body of fetch.get. Raises NoImagery (404), FetchError, UserError.
         """
         path = None if self.cache is None else self.cache / name
         if path is not None and path.is_file():
@@ -72,7 +75,7 @@ class Downloader:
                 return decode(path.read_bytes(), str(path), size)
             except (UserError, OSError) as error:
                 warnings.warn(f"cache: {error}; downloaded again", stacklevel=2)
-        body = self._download(url)
+        body = self.download(url, _IMAGES, **request).body
         pixels = decode(body, f"{urlsplit(url).hostname}: {name}", size)
         if path is not None:
             try:
@@ -81,11 +84,12 @@ class Downloader:
                 warnings.warn(f"cache: {path.name} not stored ({error.strerror})", stacklevel=2)
         return pixels
 
-    def _download(self, url: str) -> bytes:
+    def download(self, url: str, types: tuple[str, ...], **request: Any) -> fetch.Response:
+        """What is behind `url`, of one of these content types (none: any). Raises NoImagery, FetchError."""
         for attempt in range(1, self.tries + 1):
             self._limiter.wait()
             try:
-                response = fetch.get(url, self.limits, allow_loopback=self._allow_loopback)
+                response = fetch.get(url, self.limits, allow_loopback=self._allow_loopback, **request)
             except fetch.FetchError as error:
                 if error.status in (204, 404, 410):
                     raise NoImagery(str(error)) from None
@@ -94,10 +98,8 @@ class Downloader:
                 pause = self.backoff * 2 ** (attempt - 1) * self._jitter.uniform(0.5, 1.5)
                 self._sleep(min(max(pause, error.retry_after or 0.0), 60.0))
                 continue
-            if response.content_type not in ("image/png", "image/jpeg"):
-                kind = response.content_type[:60]
-                raise fetch.FetchError(
-                    f"{urlsplit(url).hostname}: content type {kind!r}, expected PNG or JPEG"
-                )
-            return response.body
+            if types and response.content_type not in types:
+                kind, host = response.content_type[:60], urlsplit(url).hostname
+                raise fetch.FetchError(f"{host}: content type {kind!r}, expected {' or '.join(types)}")
+            return response
         raise AssertionError("unreachable")

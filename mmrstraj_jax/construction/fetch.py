@@ -1,4 +1,4 @@
-"""HTTP GET that cannot be turned against the machine or its network (server-side request forgery).
+"""HTTP requests that cannot be turned against the machine or its network (server-side request forgery).
 
 The host is resolved once per hop, every address must be public, and the connection goes to the address that
 was checked: a name that resolves to another one a moment later (DNS rebinding) changes nothing. Redirects are
@@ -10,6 +10,7 @@ import ipaddress
 import socket
 import ssl
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 from urllib.parse import urljoin, urlsplit
@@ -48,6 +49,7 @@ class Response(NamedTuple):
 
     body: bytes
     content_type: str
+    total: int  # bytes of the whole, where a part was asked for
 
 
 def is_public(address: str, allow_loopback: bool = False) -> bool:
@@ -118,29 +120,40 @@ class _Guard:
 
 
 def get(
-    url: str, limits: Limits = LIMITS, *, allow_loopback: bool = False, user_agent: str = "mmrstraj_jax"
+    url: str,
+    limits: Limits = LIMITS,
+    *,
+    allow_loopback: bool = False,
+    user_agent: str = "mmrstraj_jax",
+    headers: Mapping[str, str] | None = None,
+    body: bytes | None = None,
 ) -> Response:
     """The body behind an http or https URL.
 
     Args:
       allow_loopback: for tests with a server on this machine only.
+      headers: further ones, such as Authorization; with any, no redirect is followed (it would take them
+        along).
+      body: sent with POST; without one it is GET.
     Raises:
       FetchError: not http(s), user or password in the URL, a host that is not public (first or after a
         redirect), https to http, too many redirects, too large, too slow, compressed, or a status not 200.
         Of these 408, 425, 429, 5xx, timeouts and broken connections are `retryable`.
     """
+    redirects = 0 if headers or body is not None else limits.redirects
+    sent = {"User-Agent": user_agent, "Accept": "image/png, image/jpeg, application/json", **(headers or {})}
     with _Guard(limits.seconds) as guard:
-        for _ in range(limits.redirects + 1):
-            location, response = _hop(url, limits, guard, allow_loopback, user_agent)
+        for _ in range(redirects + 1):
+            location, response = _hop(url, limits, guard, allow_loopback, sent, body)
             if response is not None:
                 return response
             if urlsplit(url).scheme == "https" and urlsplit(location).scheme != "https":
                 raise FetchError(f"{urlsplit(url).hostname}: redirected from https to http; refused")
             url = location
-    raise FetchError(f"{urlsplit(url).hostname}: more than {limits.redirects} redirects")
+    raise FetchError(f"{urlsplit(url).hostname}: more than {redirects} redirects")
 
 
-def _hop(url: str, limits: Limits, guard: _Guard, allow_loopback: bool, user_agent: str):
+def _hop(url: str, limits: Limits, guard: _Guard, allow_loopback: bool, sent: Mapping, body: bytes | None):
     """("", Response), or (where to go next, None)."""
     try:
         parts = urlsplit(url)
@@ -165,10 +178,10 @@ def _hop(url: str, limits: Limits, guard: _Guard, allow_loopback: bool, user_age
             guard.watch(connection.sock)
         default = port == (443 if parts.scheme == "https" else 80)
         name = f"[{host}]" if ":" in host else host
-        headers = {"Host": name if default else f"{name}:{port}", "User-Agent": user_agent}
-        headers |= {"Accept": "image/png, image/jpeg", "Accept-Encoding": "identity"}
-        connection.request("GET", target, headers=headers)
-        return _answer(connection.getresponse(), url, host, limits, guard)
+        headers = {"Host": name if default else f"{name}:{port}", "Accept-Encoding": "identity", **sent}
+        connection.request("GET" if body is None else "POST", target, body, headers)
+        expected = 206 if "Range" in sent else 200  # a server without ranges would send the whole file
+        return _answer(connection.getresponse(), url, host, limits, guard, expected)
     except ssl.SSLCertVerificationError:
         raise FetchError(f"{host}: its certificate is not valid") from None
     except (OSError, http.client.HTTPException, ValueError) as error:
@@ -180,13 +193,15 @@ def _hop(url: str, limits: Limits, guard: _Guard, allow_loopback: bool, user_age
         connection.close()
 
 
-def _answer(response: http.client.HTTPResponse, url: str, host: str, limits: Limits, guard: _Guard):
+def _answer(
+    response: http.client.HTTPResponse, url: str, host: str, limits: Limits, guard: _Guard, expected: int
+):
     if response.status in _REDIRECTS:
         location = response.getheader("Location")
         if not location:
             raise FetchError(f"{host}: a redirect that leads nowhere")
         return urljoin(url, location), None
-    if response.status != 200:
+    if response.status != expected:
         after = response.getheader("Retry-After") or ""
         retryable = response.status in (408, 425, 429) or response.status >= 500
         wait = float(after) if after.isdecimal() else None
@@ -204,4 +219,5 @@ def _answer(response: http.client.HTTPResponse, url: str, host: str, limits: Lim
         why = f"no end within {limits.seconds:g} s" if guard.expired else "cut off"
         raise FetchError(f"{host}: the body was incomplete ({why})", retryable=True)
     kind = (response.getheader("Content-Type") or "").partition(";")[0].strip().lower()
-    return "", Response(body, kind)
+    total = (response.getheader("Content-Range") or "").rpartition("/")[2]
+    return "", Response(body, kind, int(total) if total.isdecimal() else len(body))

@@ -22,6 +22,7 @@ from jaxtyping import UInt8
 
 from mmrstraj_jax.construction.download import Downloader
 from mmrstraj_jax.construction.imagery import NoImagery, Source, decode
+from mmrstraj_jax.construction.remote_providers import EarthEngine, Stac
 from mmrstraj_jax.construction.tiles import TILE, Window, stitch
 from mmrstraj_jax.errors import UserError
 from mmrstraj_jax.synthcity.city import make_city
@@ -206,15 +207,19 @@ class SynthCity:
 class ProviderSettings:
     """Which imagery, and on whose terms."""
 
-    provider: str = ""  # folder, xyz, google or synthcity
-    tiles: str = ""  # the folder, or the URL template of an XYZ server
+    provider: str = ""  # folder, xyz, google, earthengine, stac or synthcity
+    tiles: str = ""  # folder, URL template of an XYZ server, Earth Engine's asset, or root of a STAC API
     pattern: str = "{z}/{x}/{y}.png"  # of a folder's files; {-y} counts rows from the south
     title: str = ""  # of the imagery; it, attribution and licence go beside every image
     attribution: str = ""
     licence: str = ""
     terms: str = ""  # a URL
     capture_date: str = ""
-    key_variable: str = ""  # environment variable that holds the key of a template with {key}
+    key_variable: str = ""  # environment variable that holds the key of a template with {key}, or the token
+    bands: tuple[str, ...] = ("R", "G", "B")  # of an Earth Engine asset
+    value_range: str = "0:255"  # LOW:HIGH of these bands
+    collection: str = ""  # of a STAC API
+    asset: str = "visual"  # of its items: an 8-bit RGB GeoTIFF
     city: str = "0:45:8"  # SEED:LAT:LON of SynthCity
 
 
@@ -242,12 +247,26 @@ def _synthcity(config: ProviderSettings, downloader: Downloader) -> Provider:
     return SynthCity(seed, lat, lon)
 
 
+def _earthengine(config: ProviderSettings, downloader: Downloader) -> Provider:
+    low, _, high = config.value_range.partition(":")
+    try:
+        limits = float(low), float(high)
+    except ValueError:
+        raise UserError(f"--value-range {config.value_range}: expected LOW:HIGH") from None
+    source, variable = _source(config), config.key_variable or "EARTHENGINE_TOKEN"
+    return EarthEngine(config.tiles, config.bands, limits, source, downloader, token_variable=variable)
+
+
 PROVIDERS: dict[str, Callable[[ProviderSettings, Downloader], Provider]] = {
     "folder": _folder,
     "xyz": lambda config, downloader: XYZ(
         config.tiles, _source(config), downloader, config.key_variable or None
     ),
     "google": lambda config, downloader: GoogleStatic(downloader),
+    "earthengine": _earthengine,
+    "stac": lambda config, downloader: Stac(
+        config.tiles, config.collection, config.asset, _source(config), downloader
+    ),
     "synthcity": _synthcity,
 }
 

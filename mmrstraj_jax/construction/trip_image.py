@@ -45,15 +45,19 @@ class TripImage(ProviderSettings):
 
 
 HELP = {
-    "provider": "synthcity, folder, xyz, google, ...",
-    "tiles": "the folder, or the URL template of a server",
+    "provider": "synthcity, folder, xyz, google, earthengine or stac",
+    "tiles": "the folder, a server's URL template, Earth Engine's asset, or the STAC API's root",
     "pattern": "of a folder's files, default {z}/{x}/{y}.png; {-y} counts rows from the south",
     "title": "name of the imagery; kept beside it, like the next four",
     "attribution": "whom the imagery is credited to",
     "licence": "on what terms it may be used",
     "terms": "URL of these terms",
     "capture_date": "when it was taken",
-    "key_variable": "environment variable with the key of a template with {key}",
+    "key_variable": "environment variable with the key of a template with {key}, or the token",
+    "bands": "three of an Earth Engine asset; default R G B",
+    "value_range": "LOW:HIGH of these bands; default 0:255",
+    "collection": "of a STAC API",
+    "asset": "of its items, an 8-bit RGB GeoTIFF; default visual",
     "city": "SEED:LAT:LON of synthcity, as of its trips; default 0:45:8",
     "format": "of the trip's file; default by .plt, .gpx or .parquet",
     "columns": "FIELD=COLUMN ... of the format csv",

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from mmrstraj_jax.construction import candidates, geodesy, imagery, tiles
+from mmrstraj_jax.construction import candidates, geodesy, geotiff, imagery, tiles
 from mmrstraj_jax.construction.download import Downloader
 from mmrstraj_jax.construction.files import dump, lines_writer, sha256
 from mmrstraj_jax.construction.manifest import Step, finished
@@ -36,6 +36,7 @@ class Imagery(ProviderSettings):
     extent: bool = False  # the trip's whole extent instead of windows of `size`
     margin: int = 32  # pixels around an extent
     draw_track: bool = False
+    geotiff: bool = False  # beside each PNG, the provider's pixels
     interval: float = field(default=0.2, metadata={"run": True})  # least seconds between two requests
     cache: str = field(default="", metadata={"run": True})  # folder of downloaded tiles; none: not kept
 
@@ -109,6 +110,8 @@ def _image(
     if known is not None and known["window"] == json.loads(dump(vars(window))):
         return known
     pixels = provider.image(window)
+    if config.geotiff:
+        geotiff.write(path.with_suffix(".tif"), pixels, window)
     if config.draw_track:
         pixels = imagery.draw_track(pixels, window, trip.lat, trip.lon)
     return json.loads(dump(imagery.save(path, pixels, window, provider.source, **about)))
