@@ -1,0 +1,103 @@
+"""One process that is killed, stopped, or whose surroundings break.
+
+Rows 1, 3, 4, 5, 15, 17, 21, 24, 48 and 49.
+"""
+
+import random
+import re
+import signal
+import time
+
+import pytest
+from children import facts, state_sha256
+
+from mmrstraj_jax.training import manifest
+from mmrstraj_jax.training.checkpoint import finished_steps
+
+
+def kill_until_finished(world, run_dir, kills: int, seed: int) -> list[str]:
+    """Kills a run at random moments, from start-up to the last step, then lets it finish."""
+    draw, moments = random.Random(seed), []
+    for number in range(kills):
+        child = world.start(run_dir, "--save-every", "1", fault="slow_steps:0.2")
+        if number % 5 == 4:
+            time.sleep(draw.uniform(0, 3))  # in its imports, or while it loads
+        else:
+            begun = max(finished_steps(run_dir / "checkpoints"), default=0)
+            child.wait_for(f"step {min(begun + draw.randint(1, 2), 6)}/6")
+            time.sleep(draw.uniform(0, 0.4))
+        child.process.send_signal(signal.SIGKILL)
+        moments.append(f"{child.wait()} after {sorted(finished_steps(run_dir / 'checkpoints'))}")
+    world.start(run_dir, "--save-every", "1").ends(0)
+    return moments
+
+
+def test_five_kills_change_nothing(world, straight, tmp_path):
+    """Rows 1 and 48: each start finds the lock of a killed process of this machine."""
+    print(kill_until_finished(world, tmp_path / "run", 5, seed=0))
+    assert facts(tmp_path / "run") == facts(straight)
+
+
+@pytest.mark.slow
+def test_twenty_kills_change_nothing(world, straight, tmp_path):
+    """Row 1."""
+    print(kill_until_finished(world, tmp_path / "run", 20, seed=1))
+    assert facts(tmp_path / "run") == facts(straight)
+
+
+@pytest.mark.parametrize("step", [3, 5])  # the end of epoch 1; inside epoch 2
+def test_sigterm_saves_at_the_next_step_boundary(world, straight, tmp_path, step):
+    """Rows 3, 4 and 21."""
+    stopped = world.start(tmp_path / "run", fault=f"signal_at:{step}:SIGTERM")
+    assert f"stopped: SIGTERM after step {step} of 6, which is saved" in stopped.ends(75)
+    assert finished_steps(tmp_path / "run" / "checkpoints")[-1] == step
+    world.start(tmp_path / "run").ends(0)
+    assert facts(tmp_path / "run") == facts(straight)
+
+
+@pytest.mark.parametrize("where", ["data", "compile", "eval"])
+def test_sigterm_before_the_first_step_is_honoured_in_time(world, straight, tmp_path, where):
+    """Row 4."""
+    child = world.start(tmp_path / "run", "--eval-samples", "8", fault=f"slow:{where}:{tmp_path}/begun")
+    while not (tmp_path / "begun").exists():
+        assert child.process.poll() is None, child.output
+        time.sleep(0.05)
+    child.process.send_signal(signal.SIGTERM)
+    assert "stopped: SIGTERM" in child.ends(75)
+
+
+def test_a_second_signal_ends_at_once_and_harms_nothing(world, halfway):
+    """Row 5."""
+    child = world.start(halfway, fault="signal_at:5:SIGTERM:2")
+    assert child.wait() in (-signal.SIGTERM, 128 + signal.SIGTERM)
+    steps = finished_steps(halfway / "checkpoints")
+    assert steps[-1] == 4
+    for step in steps:
+        manifest.verify(halfway / "checkpoints" / str(step))
+
+
+def test_a_save_that_fails_ends_the_run_with_an_error(world, halfway):
+    """Rows 15 and 17."""
+    before = state_sha256(halfway)
+    output = world.start(halfway, fault="save_fails").ends(1)
+    assert re.search(
+        r"error: .*step 6 could not be saved .*No space left.*checkpoints .*4.* are untouched", output
+    )
+    assert state_sha256(halfway) == before
+
+
+def test_a_second_run_in_the_same_directory_is_refused(world, halfway):
+    """Row 48."""
+    first = world.start(halfway, fault="sleep_at:5")
+    first.wait_for("going on after step 4")
+    output = world.start(halfway).ends(2)
+    assert f"another run (process {first.process.pid} on" in output and output.count("error:") == 1
+
+
+def test_a_clock_that_jumps_and_a_lost_tmp_change_nothing(world, straight, tmp_path):
+    """Rows 24 and 49: the same seed twice, then with the clock set back and temporary files gone."""
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "file").write_text("")
+    broken = {"TMPDIR": str(tmp_path / "tmp"), "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "file" / "cache")}
+    world.start(tmp_path / "run", fault="clock_and_tmp", **broken).ends(0)
+    assert facts(tmp_path / "run") == facts(straight)
