@@ -164,11 +164,12 @@ def plot(rows: list[dict], path: Path) -> None:
         (axes[0], "tokens", "visual tokens an image"),
         (axes[1], "ms_per_sample", "milliseconds a training sample"),
     ):
+        span = max(row[key] for row in rows)
         for shift, kind in enumerate(rows[0]["right"]):
             shares = [row["right"][kind] for row in rows]
             y = [100 * right / max(n, 1) for right, n in shares]
             low, high = zip(*(wilson(right, n) for right, n in shares), strict=True)
-            x = [row[key] * 1.015**shift for row in rows]  # side by side, not on top of each other
+            x = [row[key] + 0.012 * shift * span for row in rows]  # side by side, not on top of each other
             bars = (
                 [max(a - 100 * b, 0) for a, b in zip(y, low, strict=True)],
                 [max(100 * b - a, 0) for a, b in zip(y, high, strict=True)],
@@ -179,7 +180,6 @@ def plot(rows: list[dict], path: Path) -> None:
                 row["policy"], (row[key], 1), xycoords=("data", "axes fraction"), rotation=90, fontsize=7,
                 va="top", ha="right", color="grey",
             )  # fmt: skip
-        axis.set_xscale("log")
         axis.set_xlabel(text)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("answers right, %")
