@@ -115,7 +115,7 @@ def test_a_trip_without_good_fixes_says_what_was_dropped(world, tmp_path):
 def test_windows_of_512_pixels_need_no_correction():
     for lat in (0.0, 34.05, 60.0, -80.0):
         for zoom in (17, 18, 19):
-            assert ground.shift(tiles.window_at(lat, 10.0, zoom)) < 0.03
+            assert ground.shift(tiles.window_at(lat, 10.0, zoom)) < 0.02
 
 
 def test_a_tall_extent_comes_to_one_scale():
@@ -168,6 +168,13 @@ def test_geotiff_tags(world, tmp_path):
     entries = {keys[at]: keys[at + 1 : at + 4] for at in range(4, len(keys), 4)}
     assert list(entries) == sorted(entries)  # the standard asks for ascending keys
     assert entries == {1024: (0, 1, 1), 1025: (0, 1, 1), 3072: (0, 1, 3857), 3076: (0, 1, 9001)}
+    try:
+        import rasterio
+    except ImportError:  # an extra: GDAL's own reading of the tags is compared where it is installed
+        pass
+    else:
+        with rasterio.open(tmp_path / "trip.tif") as file:
+            assert file.crs == "EPSG:3857" and file.transform.to_gdal() == tuple(record["transform"])
     with pytest.raises(UserError, match="expected 256 x 256 RGB"):
         geotiff.write(tmp_path / "a.tif", image[1:], tiles.Window(**record["window"]))
 
