@@ -12,8 +12,8 @@ MAX_SKIPPED = 10  # non-finite updates in a row, after which going on is pointle
 GRACE = 5.0  # seconds the interpreter has to act on a signal before a thread does
 
 
-class Stopped(Exception):
-    """Asked to stop, and everything that can be saved is saved."""
+class Stopped(BaseException):
+    """Asked to stop, and everything that can be saved is saved. No library may swallow it, as with Ctrl-C."""
 
 
 class Diverged(Exception):
