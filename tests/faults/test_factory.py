@@ -125,7 +125,7 @@ def test_thirty_percent_failures_change_nothing(world, model, straight, tmp_path
 
 
 @pytest.mark.parametrize("concurrency", [1, 8])
-def test_the_bill_never_passes_the_cap_with_kills_and_failures(world, model, tmp_path, concurrency):
+def test_the_bill_never_passes_the_cap_under_failures(world, model, tmp_path, concurrency):
     model.behave = lambda body, attempt: "hang" if random.Random(text_of(body)).random() < 0.2 else None
     model.idempotent = False
     cap = 0.02
