@@ -146,6 +146,8 @@ def test_other_files(tmp_path):
     }
     (tmp_path / "captions.json").write_text(json.dumps({"annotations": [rsicap]}))
     assert measure(load(tmp_path / "captions.json")).indicators["sentences"] == 3
+    (row,) = regions(load(tmp_path / "captions.json"))
+    assert (row["region"], row["images"], row["zooms"], row["score"]) == ("place unknown", 1, {}, None)
     image = {"filename": "1.tif", "split": "test", "sentences": [{"raw": "A field ."}, {"raw": "Farmland ."}]}
     (tmp_path / "ucm.json").write_text(
         json.dumps({"images": [image, image | {"split": "val", "filename": "2"}]})

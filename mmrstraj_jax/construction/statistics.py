@@ -241,7 +241,9 @@ def regions(
     groups: dict[str, dict[Any, dict]] = defaultdict(dict)
     for row in dialogues:
         if row.image:
-            groups[row.about.get("region") or "elsewhere"][row.image] = row.about
+            # outside all regions, or of a set that knows none
+            region = row.about.get("region", "place unknown") or "elsewhere"
+            groups[region][row.image] = row.about
     table = []
     for name, images in sorted(groups.items()):
         scores = [about["score"] for about in images.values() if "score" in about]

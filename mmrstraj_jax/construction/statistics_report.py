@@ -9,6 +9,7 @@ import base64
 import html
 import io
 import json
+import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -68,6 +69,7 @@ def command(args: list[str]) -> None:
             raise UserError(f"statistics {word}: expected NAME=FILE, each name once")
         sets[name] = load(Path(file))
     write(Path(out), sets, _counter(tokenizer), _descriptions(described))
+    print(f"statistics: {Path(out) / 'statistics.html'}", file=sys.stderr)
 
 
 def _counter(folder: str | None) -> Callable[[str], int]:
@@ -151,9 +153,9 @@ def _cells(measured: Mapping[str, Statistics]) -> tuple[list[str], list[list[str
 def _number(key: str, value: float | None) -> str:
     if value is None:
         return "-"
-    return (
-        f"{100 * value:.2f} %" if key == "expert_share" else f"{value:,.2f}" if value % 1 else f"{value:,.0f}"
-    )
+    if key == "expert_share":
+        return f"{100 * value:.2f} %"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}"
 
 
 # ---- PNG ----
