@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 from mmrstraj_jax import build
 from mmrstraj_jax.construction import statistics, statistics_report
 from mmrstraj_jax.construction.statistics import bandwidth, density, load, measure, regions, sentences, words
+from mmrstraj_jax.data.tokenizer import Tokenizer
 from mmrstraj_jax.errors import UserError
 
 
@@ -110,6 +112,17 @@ def test_the_indicators_of_figure_3(traffic):
         "expert_share": 1 / 3,
     }
     assert measure(load(traffic), len).tokens == [17, 30, 6]
+
+
+def test_tokens_of_a_tokenizer(traffic, tmp_path):
+    assets = Path(build.__file__).parent / "assets" / "tiny"
+    statistics_report.command([f"t={traffic}", "--out", str(tmp_path / "o"), "--tokenizer", str(assets)])
+    report = json.loads((tmp_path / "o" / "statistics.json").read_text())
+    count = len(Tokenizer.load(assets).encode("One wide road with four lanes."))
+    assert (
+        report["token"] == "ids of the tokenizer"
+        and str(count) in report["captions"]["t"]["tokens"]["counts"]
+    )
 
 
 def test_the_definitions_fit_the_papers_numbers():
