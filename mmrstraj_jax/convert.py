@@ -166,7 +166,8 @@ def _verify(args: argparse.Namespace) -> int:
                 continue
             found = _open(path, adapter, args.dtype)
             dtype = np.dtype(found.model.language_model.embed_tokens.weight.dtype)
-            sides.append(verify.tensors_of_model(path, found.model, found.config, found.anyres, dtype))
+            sizes = found.config, found.anyres
+            sides.append(verify.tensors_of_model(path, found.model, *sizes, dtype, found.tokenizer_dir))
         rows = verify.compare(*sides)
     print(verify.table(rows, args.tolerance))
     same = all(row.is_equal(args.tolerance) for row in rows)

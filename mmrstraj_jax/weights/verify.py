@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from mmrstraj_jax import settings
 from mmrstraj_jax.config import AnyResConfig, ModelConfig
+from mmrstraj_jax.data.tokenizer import Tokenizer, bind_token_ids
 from mmrstraj_jax.errors import UserError
 from mmrstraj_jax.models.mmrstraj import MMRSTraj, init_model
 from mmrstraj_jax.weights import layouts
@@ -92,11 +93,26 @@ def tensors_of_files(path: str | Path, reader: Reader) -> Tensors:
         return out
 
     keys = {key: shape for key, (_, _, shape) in places.items()}
-    return Tensors(str(path), source.config, source.anyres, keys, read)
+    return Tensors(str(path), _with_ids(source.config, source.tokenizer_dir), source.anyres, keys, read)
 
 
-def tensors_of_model(name: str, model: MMRSTraj, config: ModelConfig, anyres: AnyResConfig, dtype) -> Tensors:
+def _with_ids(config: ModelConfig, tokenizer_dir: Path | None) -> ModelConfig:
+    """Our own format may leave token ids to the tokenizer beside the weights; an export states them."""
+    if config.image_token_id is None and tokenizer_dir is not None:
+        return bind_token_ids(config, Tokenizer.load(tokenizer_dir))
+    return config
+
+
+def tensors_of_model(
+    name: str,
+    model: MMRSTraj,
+    config: ModelConfig,
+    anyres: AnyResConfig,
+    dtype,
+    tokenizer_dir: Path | None = None,
+) -> Tensors:
     """A model in memory, its adapters merged, rounded to the dtype it would be exported in."""
+    config = _with_ids(config, tokenizer_dir)
     outputs = {key: tensor for key, tensor, _ in merged_slices(model, np.dtype(dtype))}
     shapes = {key: tensor.shape for key, tensor in outputs.items()}
     return Tensors(name, config, anyres, shapes, lambda key: outputs[key].make().astype(np.float32))
