@@ -1,0 +1,218 @@
+"""Alternation: one child process a side, one request at a time, and no figure of sides that disagree."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from speed import gate, tables, workloads
+from speed.workloads import Item
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+OURS = "ours"
+
+
+class Child:
+    """A side's process. It stays alive through all rounds of an item and ends with it."""
+
+    def __init__(self, name: str, command: list[str], cpus: list[int], environment: dict[str, str]):
+        self.name = name
+        path = os.pathsep.join(
+            filter(None, [str(ROOT / "benchmarks"), str(ROOT), os.environ.get("PYTHONPATH")])
+        )
+        # Threads of both sides are as many as the CPUs they may run on, from the first import on
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | environment | {"PYTHONPATH": path},
+            preexec_fn=lambda: os.sched_setaffinity(0, cpus),
+        )
+
+    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
+        """One request. Raises SystemExit where the child has died; its own words are on stderr."""
+        with contextlib.suppress(BrokenPipeError):  # the missing answer says the same
+            self._process.stdin.write(json.dumps({"do": do} | arguments) + "\n")
+            self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.name}: its process ended ({self._process.wait()}) at {do!r}; see above")
+        return json.loads(line)
+
+    def close(self) -> None:
+        with contextlib.suppress(BrokenPipeError):  # of a child that has died
+            self._process.stdin.close()
+        self._process.wait()
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """How sides are run.
+
+    Attributes:
+        commands: side -> command line of its child; "ours" and at least one rival.
+        environment: of the children.
+        cpus: that every child is pinned to.
+        pairs: alternated rounds.
+        pause: seconds between two turns, for the other side's threads to fall asleep.
+    """
+
+    commands: dict[str, list[str]]
+    environment: dict[str, str]
+    cpus: list[int]
+    pairs: int
+    pause: float = 0.3
+
+    def start(self, side: str, **environment: str) -> Child:
+        return Child(side, self.commands[side], self.cpus, self.environment | environment)
+
+
+def caches(folder: str, side: str) -> tuple[str, dict[str, str]]:
+    """Where a side keeps compiled programs: JAX's as a setting, PyTorch's in the environment."""
+    path = str(Path(folder) / f"cache-{side}")
+    return path, {"TORCHINDUCTOR_CACHE_DIR": path, "TRITON_CACHE_DIR": path}
+
+
+def measure(
+    item: Item, setting: Setting, say: Callable[[str], None], *, from_cache: bool = False
+) -> dict[str, Any]:
+    """One item: gate, first step, alternated rounds, peak memory.
+
+    Args:
+        from_cache: start every side once more, to time its first step with the programs it left on disk.
+    Returns:
+        name, item, work (tables.work), sides {side: seconds, median_s, peak, first_step_s, ...}, ratios
+        {rival: tables.ratio}, refused {rival: why}: rivals that disagree have a reason and no figure.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        children = {}
+        try:
+            for side in setting.commands:
+                children[side] = setting.start(side, **caches(folder, side)[1])
+            return _measure(item, setting, say, children, folder, from_cache)
+        finally:
+            for child in children.values():
+                child.close()
+
+
+def _first(
+    child: Child, item: Item, setting: Setting, folder: str
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Builds a side and asks for the outputs that the gate compares."""
+    cache = caches(folder, child.name)[0]
+    budget = setting.pairs + 3
+    prepared = child.ask("prepare", item=dataclasses.asdict(item), budget=budget, cache=cache)
+    path = Path(folder) / f"{child.name}.npz"
+    start = time.perf_counter()
+    child.ask("outputs", path=str(path))
+    prepared["outputs_s"] = time.perf_counter() - start
+    with np.load(path) as found:
+        arrays = dict(found)
+    path.unlink()
+    return prepared, arrays
+
+
+def _measure(item, setting, say, children, folder, from_cache) -> dict[str, Any]:
+    sides, arrays = {}, {}
+    for side, child in children.items():
+        say(f"{item.name}: {side} starts")
+        sides[side], arrays[side] = _first(child, item, setting, folder)
+    refused, errors = {}, {}
+    for side in list(children)[1:]:
+        why, errors[side] = gate.disagreements(arrays[OURS], arrays[side], item.dtype)
+        if why:
+            refused[side] = why
+            say(f"{item.name}: {side} REFUSED, the two sides do not compute the same: {'; '.join(why[:3])}")
+    rivals = [side for side in list(children)[1:] if side not in refused]
+    record = {
+        "name": item.name,
+        "item": dataclasses.asdict(item),
+        "work": tables.work(item, workloads.DECODE_TOKENS),
+        "relative_error": errors,
+        "sides": {},
+        "ratios": {},
+        "refused": refused,
+    }
+    if not rivals:
+        return record
+    running = {side: children[side] for side in (OURS, *rivals)}
+    seconds, losses = _rounds(item, setting, say, running, sides)
+    for side in rivals:
+        # steps change the adapters: the sides must still agree after the last one
+        ours, theirs = (np.asarray(losses[name], np.float32) for name in (OURS, side))
+        if losses[OURS] and gate.disagreements({"last loss": ours}, {"last loss": theirs}, item.dtype)[0]:
+            refused[side] = [f"last loss: ours {losses[OURS][-1]:.6g}, {side} {losses[side][-1]:.6g}"]
+            say(f"{item.name}: {side} REFUSED after the rounds: {refused[side][0]}")
+    kept = [side for side in rivals if side not in refused]
+    if from_cache:
+        for side in (OURS, *kept):
+            again = setting.start(side, **caches(folder, side)[1])
+            sides[side]["from_cache"] = _first(again, item, setting, folder)[0]
+            again.close()
+    for side in (OURS, *kept) if kept else ():
+        found = seconds[side]
+        sides[side] |= {"seconds": found, "median_s": statistics.median(found)}
+        record["sides"][side] = sides[side]
+    record["ratios"] = {side: tables.ratio(seconds[OURS], seconds[side]) for side in kept}
+    return record
+
+
+def _rounds(item, setting, say, running, sides) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Sides in turn, the order reversed from round to round; also fills in second step and peak memory."""
+    for side, child in running.items():
+        sides[side]["second_step_s"] = child.ask("time")["seconds"]
+        child.ask("memory", reset=True)
+    seconds = {side: [] for side in running}
+    losses = {side: [] for side in running}
+    for number in range(setting.pairs):
+        for side in list(running)[:: -1 if number % 2 else 1]:
+            time.sleep(setting.pause)
+            answer = running[side].ask("time")
+            seconds[side].append(answer["seconds"])
+            losses[side] += [answer["loss"]] if "loss" in answer else []
+        last = ", ".join(f"{side} {found[-1]:.4g} s" for side, found in seconds.items())
+        say(f"{item.name}: round {number + 1} of {setting.pairs}: {last}")
+    for side, child in running.items():
+        sides[side]["peak"] = child.ask("memory", reset=False)["peak"]
+    return seconds, losses
+
+
+def machine(setting: Setting, dtype: str, size: str) -> tuple[dict[str, Any], dict[str, float]]:
+    """(processor, device, versions, load; its limits).
+
+    Limits are the best matrix rate (FLOP/s) and copy and read rates (bytes/s) that either library reaches.
+    """
+    versions, device, threads = {"python": sys.version.split()[0], "numpy": np.__version__}, "", {}
+    side, copy_bytes = (256, 2**23) if size == "tiny" else (4096, 2**29)
+    limits: dict[str, float] = {}
+    for name in list(setting.commands)[:2]:
+        child = setting.start(name)
+        about = child.ask("about")
+        found = child.ask("limits", dtype=dtype, side=side, copy_bytes=copy_bytes)
+        child.close()
+        versions |= about["versions"]
+        device, threads[name] = about["device"] or device, about["threads"]
+        limits = {key: max(value, limits.get(key, 0.0)) for key, value in found.items()}
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU")
+    gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    about = {
+        "device": device or processor,
+        "processor": processor,
+        "threads": threads,
+        "memory_gib": round(gib, 1),
+        "load_before": os.getloadavg()[0],
+        "versions": versions,
+    }
+    return about, limits

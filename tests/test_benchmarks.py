@@ -1,0 +1,289 @@
+"""The comparison with PyTorch refuses sides that disagree; its tables, its page and the scaling model."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+# A side without a model: `factor` scales what it computes, `seconds` is what a step "takes".
+STUB = """
+import sys
+import numpy as np
+from speed import child
+
+class Side:
+    def prepare(self, item, budget, cache):
+        return {"lower_s": 0.25, "compile_s": 1.0}
+    def outputs(self, path):
+        factor = float(sys.argv[1])
+        np.savez(path, loss=np.float32(2.0), gradient=factor * np.linspace(1, 2, 50, dtype=np.float32))
+        return {}
+    def time(self):
+        return {"seconds": float(sys.argv[2]), "loss": float(sys.argv[3])}
+    def memory(self, reset):
+        return {"peak": 2**20}
+    def limits(self, dtype, side, copy_bytes):
+        return {"matmul": 1e12, "copy": 2e10, "read": 1e10}
+    def about(self):
+        return {"versions": {"stub": "1"}, "device": "", "threads": 1}
+
+child.serve(Side())
+"""
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+
+def stub(factor: float = 1.0, seconds: float = 1.0, loss: float = 2.0) -> list[str]:
+    return [sys.executable, "-c", STUB, str(factor), str(seconds), str(loss)]
+
+
+def setting(**commands):
+    from speed.measure import Setting
+
+    return Setting(commands, {}, [min(os.sched_getaffinity(0))], pairs=5, pause=0.0)
+
+
+@pytest.fixture
+def item():
+    from speed.workloads import Item
+
+    return Item("train", "tiny", "float32", 1, 1, "block")
+
+
+# ---- the gate ----
+
+
+def arrays() -> dict[str, np.ndarray]:
+    random = np.random.default_rng(0)
+    return {"loss": np.float32(2.5), "a": random.normal(size=(40, 8)).astype(np.float32), "ids": np.arange(5)}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_equal_sides_agree(dtype):
+    from speed.gate import disagreements
+
+    assert disagreements(arrays(), arrays(), dtype) == ([], 0.0)
+
+
+@pytest.mark.parametrize(
+    "name, planted",
+    [
+        ("a", lambda value: value * 1.002),  # a scale that is slightly wrong
+        ("a", lambda value: np.roll(value, 1, axis=0)),  # off by one position
+        ("a", lambda value: value[:-1]),
+        ("a", lambda value: np.where(np.arange(8) == 3, np.nan, value)),
+        ("loss", lambda value: value + np.float32(0.01)),
+        ("ids", lambda value: value + (np.arange(5) == 4)),
+    ],
+)
+def test_a_planted_difference_is_found(name, planted):
+    from speed.gate import disagreements
+
+    wrong = arrays() | {name: planted(arrays()[name])}
+    for sides in ((arrays(), wrong), (wrong, arrays())):
+        (line,), _ = disagreements(*sides, "float32")
+        assert line.startswith(f"{name}:")
+
+
+def test_a_missing_array_is_a_disagreement():
+    from speed.gate import disagreements
+
+    fewer = {name: value for name, value in arrays().items() if name != "a"}
+    assert disagreements(arrays(), fewer, "float32")[0] == ["different arrays: ['a']"]
+    assert disagreements({}, {}, "float32")[0], "nothing compared is nothing known"
+
+
+# ---- a run of stubs ----
+
+
+def test_no_figure_of_a_side_that_disagrees(item):
+    from speed import measure, tables
+
+    said = []
+    how = setting(ours=stub(seconds=0.5), good=stub(seconds=2.0), wrong=stub(factor=1.01, seconds=9.0))
+    result = measure.measure(item, how, said.append)
+    assert result["ratios"].keys() == {"good"} and result["sides"].keys() == {"ours", "good"}
+    assert result["ratios"]["good"] == {"median": 0.25, "low": 0.25, "high": 0.25}
+    assert result["refused"]["wrong"] == ["gradient: relative error 0.0099, limit 0.001"]
+    assert any("wrong REFUSED" in line for line in said)
+    table = tables.markdown({"results": [result], "limits": {"matmul": 1e12, "copy": 1e10, "read": 1e10}})
+    assert "| train-block | good | 500 ms | 2 s | **0.25** (0.25-0.25) | 1 / 1 MiB |" in table
+    assert "| train-block | wrong | refused: gradient" in table and "9" not in table.split("wrong")[1][:12]
+
+
+def test_sides_that_drift_apart_are_refused_after_the_rounds(item):
+    from speed import measure
+
+    result = measure.measure(item, setting(ours=stub(), drifts=stub(loss=2.1)), lambda text: None)
+    assert not result["ratios"] and not result["sides"]
+    assert result["refused"] == {"drifts": ["last loss: ours 2, drifts 2.1"]}
+
+
+def test_a_dead_side_is_named(item):
+    from speed import measure
+
+    how = setting(ours=stub(), dead=[sys.executable, "-c", "raise SystemExit(3)"])
+    with pytest.raises(SystemExit, match=r"dead: its process ended \(3\)"):
+        measure.measure(item, how, lambda text: None)
+
+
+def test_the_median_and_its_interval():
+    from speed.tables import ratio
+
+    found = ratio([1.0, 1.1, 0.9, 1.0, 5.0], [2.0] * 5)  # one disturbed round
+    assert found["median"] == 0.5 and found["low"] >= 0.45 and found["high"] == 2.5
+
+
+def test_what_bounds_decoding():
+    from speed import tables
+    from speed.workloads import Item
+
+    one = Item("decode", "0.5b", "bfloat16", batch=1)
+    needed = tables.work(one)
+    assert needed["bytes"] == pytest.approx(2 * 494e6, rel=0.01)  # every weight once, and a short cache
+    result = {"work": needed, "sides": {"ours": {"median_s": needed["bytes"] / 20e9}}}
+    limits = {"matmul": 1e12, "copy": 35e9, "read": 40e9}
+    assert tables.bound(result, limits) == ("memory bandwidth", pytest.approx(0.5))
+
+
+def test_weights_do_not_depend_on_the_process():
+    from speed import workloads
+
+    name = "vision_tower.layers.3.mlp.fc1.weight"
+    value = workloads.weight(name, (30, 20))
+    np.testing.assert_array_equal(value, workloads.weight(name, (30, 20)))
+    assert value.std() == pytest.approx(20**-0.5, rel=0.1)
+    assert (
+        abs(np.corrcoef(value.ravel(), workloads.weight(name.replace("3", "4"), (30, 20)).ravel())[0, 1])
+        < 0.2
+    )
+
+
+# ---- page ----
+
+
+def record(load: float) -> dict:
+    about = {"device": "stub", "load_before": load, "versions": {"jax": "1"}}
+    limits = {"matmul": 1e12, "copy": 1e10, "read": 1e10}
+    return {
+        "command": "python benchmarks/compare.py --size tiny",
+        "date": "2026-01-01",
+        "size": "tiny",
+        "dtype": "float32",
+        "device": "cpu",
+        "machine": about,
+        "limits": limits,
+        "results": [],
+    }
+
+
+def test_a_busy_machine_is_left_out_of_the_page(tmp_path, capsys):
+    import report
+
+    (tmp_path / "speed-busy.json").write_text(json.dumps(record(7.0)))
+    assert report.speed(tmp_path, tmp_path) == report.NOTHING
+    assert "the machine was busy (load 7.0)" in capsys.readouterr().err
+    (tmp_path / "speed-quiet.json").write_text(json.dumps(record(0.3)))
+    assert "--size tiny" in report.speed(tmp_path, tmp_path)
+
+
+def test_only_the_blocks_of_the_page_change():
+    import report
+
+    page = "before\n<!-- made by benchmarks/report.py: speed -->\nold\n<!-- end -->\nafter\n"
+    filled = report.fill(page, {"speed": "new\n"})
+    assert filled == page.replace("old", "new")
+    assert report.fill(filled, {"speed": "new\n"}) == filled
+
+
+# ---- scaling ----
+
+
+def test_wire_time():
+    from scaling import Links
+
+    links = Links(node=8, inside=100.0, between=10.0, latency=1e-3)
+    assert links.seconds(1e9, 1) == 0
+    assert links.seconds(1e9, 8) == pytest.approx(0.01 + 6e-3)
+    assert links.seconds(1e9, 16) == pytest.approx(0.1 + 8e-3), "the network, as soon as a node is left"
+
+
+def test_strategies_of_a_known_case():
+    from scaling import Links, curve
+    from speed.workloads import Item
+
+    row = Item("train", "0.5b", "bfloat16", 1, 1, "block")
+    points = curve(row, 0.1, Links(8, 300.0, 50.0, 0.0), counts=(1, 8, 1024))
+    by = {(one.strategy, one.devices): one for one in points}
+    adapters = 4 * 4_217_344  # float32 gradients
+    assert by["data parallel", 1].wire_bytes == 0
+    assert by["data parallel", 8].wire_bytes == pytest.approx(2 * 7 / 8 * adapters)
+    assert by["data parallel", 1024].memory_gib == by["data parallel", 8].memory_gib
+    sharded = by["fsdp, all devices", 8]
+    weights = 2 * 893e6
+    assert sharded.wire_bytes == pytest.approx(2 * 7 / 8 * (weights + adapters), rel=0.02)
+    # at 1,024 few axes divide: those leaves stay whole and are not sent, and memory grows again
+    assert by["fsdp, all devices", 1024].wire_bytes < 2 * weights
+    assert sharded.memory_gib < by["data parallel", 8].memory_gib
+    assert sharded.serial_s == pytest.approx(0.1 + sharded.wire_bytes / 300e9)
+    assert sharded.overlapped_s == 0.1
+    low, high = sharded.samples_per_s
+    assert low < high == pytest.approx(80)
+
+
+# ---- the real sides ----
+
+
+def torch_sides():
+    for name in ("torch", "transformers", "peft"):
+        pytest.importorskip(name, reason="the comparison with PyTorch needs it")
+
+
+@pytest.mark.slow
+def test_the_command_end_to_end(tmp_path):
+    torch_sides()
+    command = [sys.executable, FOLDER / "compare.py", "--size", "tiny", "--pairs", "5", "--defaults"]
+    names = ["vision-5", "prefill", "decode-4", "train-block", "train-none"]
+    done = subprocess.run(
+        [*command, "--only", ",".join(names), "--views", "5", "--out", tmp_path],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = tmp_path.glob("*.json")
+    results = json.loads(path.read_text())["results"]
+    assert [result["name"] for result in results] == names
+    for result in results:
+        rivals = {"PyTorch eager"} | ({"library defaults"} if "train" in result["name"] else set())
+        assert result["ratios"].keys() == rivals and not result["refused"]
+        assert max(result["relative_error"].values()) < 1e-4
+    assert path.with_suffix(".png").exists() and "PyTorch eager" in path.with_suffix(".md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["vision_tower.layers.2.mlp.fc1.weight", "multi_modal_projector.linear_1.lora_B"]
+)
+def test_one_wrong_weight_is_refused(name, item):
+    torch_sides()
+    from speed import measure
+
+    planted = (
+        "import sys; from speed import workloads; right = workloads.weight; "
+        f"workloads.weight = lambda n, shape: right(n, shape) * (1.05 if n == {name!r} else 1); "
+        "from speed import theirs; theirs.main()"
+    )
+    commands = {
+        "ours": [sys.executable, "-m", "speed.ours"],
+        "planted": [sys.executable, "-c", planted, "--threads", "1"],
+    }
+    result = measure.measure(item, setting(**commands), print)
+    assert not result["ratios"] and result["refused"]["planted"]
