@@ -1,7 +1,7 @@
 """The tiny base model that ships: every part trained on SynthCity's base split (domain A, general questions).
 
-NOT A RECIPE OF THE PAPER: it makes the stand-in for a pre-trained LLaVA-OneVision checkpoint. The tower
-starts from dense pre-training; the whole is run, phase by phase and resumable, by
+NOT A RECIPE OF THE PAPER: it makes the stand-in for a pre-trained LLaVA-OneVision checkpoint. `steps` and the
+learning rates are those of the last two phases; the whole is run, phase by phase and resumable, by
 
     python -m mmrstraj_jax.training.tiny_base --out mmrstraj_jax/assets/tiny
 """
@@ -14,18 +14,16 @@ def get_config(model: str) -> Config:
         name="tiny_base",
         model=model,
         epochs=1,
-        steps=3000,
-        batch_size=8,
-        micro_batch_size=8,
+        steps=1200,
+        batch_size=4,
+        micro_batch_size=2,
         max_length=1024,
         dtype="float32",
         remat="none",
         train_full=("vision_tower", "projector", "newline", "language_model"),
         anyres=AnyResConfig().for_views(112, 14),
         lora=LoRAConfig(dropout=0.0, vision_tower=(), projector=(), language_model=()),
-        optim=OptimConfig(tower_lr=2e-4, projector_lr=7e-4, other_lr=7e-4, b2=0.99),
+        optim=OptimConfig(tower_lr=3e-4, projector_lr=1e-3, other_lr=1e-3, b2=0.99),
         view_buckets=(1, 2, 5, 10, 17, 26, 37),
-        eval_every=600,
         eval_samples=256,
-        save_every=250,
     )

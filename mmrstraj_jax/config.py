@@ -321,7 +321,7 @@ MODEL_PRESETS: dict[str, ModelConfig] = {
     "tiny": _preset(
         (192, 512, 3, 112),
         6,
-        TextConfig(192, 320, 3, 3, 1, 64, 1024, tie_word_embeddings=True, max_position_embeddings=2048),
+        TextConfig(192, 320, 3, 3, 3, 64, 1024, tie_word_embeddings=True, max_position_embeddings=2048),
     ),
     "mini": _preset(
         (384, 1536, 6, 224), 8, TextConfig(512, 1408, 8, 8, 2, 64, 32000, tie_word_embeddings=True)

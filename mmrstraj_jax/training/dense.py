@@ -1,121 +1,93 @@
 """Dense pre-training of the tiny tower on exact ground truth: its stand-in for SigLIP's pre-training.
 
-Every patch predicts what covers it (class shares), what stands in it (object counts) and where in the view
-it is. The heads are thrown away. Only the shipped tiny base is made this way; real towers come from files.
-Legend: N views, T patches, C classes, K kinds of objects, s patches per view side.
+Every patch predicts what covers it, what stands in it and where in the view it is. The mean of a view's
+tokens, reduced as AnyRes will reduce them, predicts how many objects the view shows; base view and crops
+together predict the counts and the facts of the whole image. All read-outs are linear and are thrown away.
+Legend: B images, V views an image, S view side, T patches a view, C classes, K kinds of counts, F facts.
 """
 
-from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from einops import rearrange, reduce
 from flax import nnx
-from jaxtyping import Array, Float, UInt8
-from PIL import Image
+from jaxtyping import Array, Float, Int, UInt8
 
-from mmrstraj_jax.config import VisionConfig
 from mmrstraj_jax.models.layers import Linear
 from mmrstraj_jax.models.siglip import SiglipVisionTower
+from mmrstraj_jax.synthcity.canvas import CLASSES
+from mmrstraj_jax.training.tiny_data import COUNTS, FACTS, OBJECTS
+
+MAX_COUNT = 10  # this many or more is one class
+WEIGHTS = {"classes": 1.0, "counts": 1.0, "position": 0.2, "view": 4.0, "image": 4.0, "facts": 0.3}
+_cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 
 
 class DenseBatch(NamedTuple):
-    """Views with their labels on the patch grid."""
+    """Images of one size with their labels."""
 
-    views: UInt8[np.ndarray, "N S S 3"]
-    shares: Float[np.ndarray, "N T C"]  # share of each patch's pixels by class; rows sum to 1
-    counts: Float[np.ndarray, "N T K"]  # object centres in each patch
+    views: UInt8[np.ndarray, "B V S S 3"]
+    shares: Float[np.ndarray, "B V T C"]  # share of each patch's pixels by class; rows sum to 1
+    counts: Float[np.ndarray, "B V T K"]  # in each patch, by tiny_data.COUNTS
+    facts: Int[np.ndarray, "B F"]  # of tiny_data.FACTS; -1 where nothing is clear
 
 
 class Heads(nnx.Module):
-    """Linear read-outs of one patch feature."""
+    """Linear read-outs, zero at the start, of features of size D."""
 
-    def __init__(self, dim: int, classes: int, kinds: int, side: int, *, rngs: nnx.Rngs):
-        self.classes = Linear(dim, classes, rngs=rngs)
-        self.counts = Linear(dim, kinds, rngs=rngs)
-        self.row = Linear(dim, side, rngs=rngs)
-        self.column = Linear(dim, side, rngs=rngs)
-
-
-def views_with_labels(
-    image: UInt8[np.ndarray, "H H 3"],
-    shares: Float[np.ndarray, "2s 2s C"],
-    counts: Float[np.ndarray, "2s 2s K"],
-    view_size: int,
-) -> DenseBatch:
-    """Base view and 2 x 2 crops of a square image of twice the view size, as Higher AnyRes cuts it."""
-    assert image.shape[0] == image.shape[1] == 2 * view_size, image.shape
-    base = np.asarray(Image.fromarray(image).resize((view_size, view_size), Image.Resampling.BICUBIC))
-    crops = rearrange(image, "(a h) (b w) c -> (a b) h w c", a=2, b=2)
-
-    def cut(labels: np.ndarray, pool: Callable) -> np.ndarray:
-        whole = reduce(labels, "(y p) (x q) c -> (y x) c", pool, p=2, q=2)
-        parts = rearrange(labels, "(a y) (b x) c -> (a b) (y x) c", a=2, b=2)
-        return np.concatenate([whole[None], parts])
-
-    return DenseBatch(np.concatenate([base[None], crops]), cut(shares, "mean"), cut(counts, "sum"))
+    def __init__(self, dim: int, side: int, *, rngs: nnx.Rngs):
+        sizes = {"classes": (dim, len(CLASSES)), "counts": (dim, len(COUNTS)), "row": (dim, side)}
+        sizes |= {"column": (dim, side), "view": (dim, len(OBJECTS) * (MAX_COUNT + 1))}
+        sizes |= {"image": (2 * dim, len(OBJECTS) * (MAX_COUNT + 1))}
+        sizes |= {"facts": (2 * dim, sum(map(len, FACTS.values())))}
+        for name, (num_in, num_out) in sizes.items():
+            head = Linear(num_in, num_out, rngs=rngs)
+            head.weight[...] = jnp.zeros((num_out, num_in))
+            setattr(self, name, head)
 
 
-def pretrain_tower(
-    config: VisionConfig,
-    batches: Iterable[DenseBatch],
-    *,
-    steps: int,
-    learning_rate: float = 1e-3,
-    seed: int = 0,
-    report: Callable[[int, dict[str, float]], None] = lambda step, losses: None,
-) -> SiglipVisionTower:
-    """Trains a fresh float32 tower for `steps` batches with AdamW, warm-up 5 %, cosine to zero.
-
-    Args:
-        config: its hidden states after the last layer are what the heads read.
-        batches: at least `steps` of them, all of one shape.
-        report: called every 50 steps with the losses: classes (nats), counts (Poisson, up to a constant),
-            position (nats, row + column).
-    """
-    rngs = nnx.Rngs(params=jax.random.key(seed))
-    tower = SiglipVisionTower(config, rngs=rngs)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, max(1, steps // 20), steps)
-    adam = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=0.01))
-    row, column = np.divmod(np.arange(config.num_patches), config.grid_side)
-    graphdef = params = opt_state = step_fn = None
-    for step, batch in zip(range(steps), batches, strict=False):
-        if step_fn is None:
-            sizes = batch.shares.shape[-1], batch.counts.shape[-1], config.grid_side
-            heads = Heads(config.output_size, *sizes, rngs=rngs)
-            graphdef, params = nnx.split((tower, heads))
-            opt_state = adam.init(params)
-            step_fn = _build_step(graphdef, adam, row, column)
-        params, opt_state, losses = step_fn(params, opt_state, batch)
-        if step % 50 == 0 or step == steps - 1:
-            report(step, {name: float(value) for name, value in losses.items()})
-    assert params is not None and step == steps - 1, "fewer batches than steps"
-    return nnx.merge(graphdef, params)[0]
+def pooling_weights(side: int, reduced_side: int) -> Float[np.ndarray, " T"]:
+    """Weight of each patch in the mean over the bilinearly reduced map of a view."""
+    at = (np.arange(reduced_side) + 0.5) * side / reduced_side - 0.5
+    low = np.floor(at).astype(int)
+    weights = np.zeros(side, np.float32)
+    np.add.at(weights, np.clip(low, 0, side - 1), 1 - (at - low))
+    np.add.at(weights, np.clip(low + 1, 0, side - 1), at - low)
+    weights /= reduced_side
+    return np.outer(weights, weights).reshape(-1)
 
 
-def _build_step(graphdef, adam: optax.GradientTransformation, row: np.ndarray, column: np.ndarray):
-    def loss_of(params, batch: DenseBatch) -> tuple[Float[Array, ""], dict[str, Array]]:
-        tower, heads = nnx.merge(graphdef, params)
-        features = tower(batch.views)
-        log_rate = heads.counts(features)
-        losses = {
-            "classes": optax.softmax_cross_entropy(heads.classes(features), batch.shares).mean(),
-            "counts": (jnp.exp(log_rate) - batch.counts * log_rate).sum(-1).mean(),
-            "position": sum(
-                optax.softmax_cross_entropy_with_integer_labels(
-                    head(features), jnp.broadcast_to(target, features.shape[:2])
-                ).mean()
-                for head, target in ((heads.row, row), (heads.column, column))
-            ),
-        }
-        return losses["classes"] + losses["counts"] + 0.2 * losses["position"], losses
+def dense_losses(
+    tower: SiglipVisionTower, heads: Heads, batch: DenseBatch, pooling: Float[np.ndarray, " T"]
+) -> dict[str, Float[Array, ""]]:
+    """Losses by name, to be weighted by WEIGHTS: nats each, `counts` a Poisson loss up to a constant."""
+    rows, views = batch.views.shape[:2]
+    features = tower(batch.views.reshape(rows * views, *batch.views.shape[2:]))
+    shares, counts = (x.reshape(rows * views, *x.shape[2:]) for x in (batch.shares, batch.counts))
+    row, column = np.divmod(np.arange(features.shape[1]), tower.config.grid_side)
+    log_rate = heads.counts(features)
+    pooled = jnp.einsum("ntd,t->nd", features, pooling)
+    number = jnp.minimum(counts[..., : len(OBJECTS)].sum(1) + 0.5, MAX_COUNT).astype(jnp.int32)
+    whole = number.reshape(rows, views, -1)[:, 0]  # the base view shows all of the image
+    views_of = pooled.reshape(rows, views, -1)
+    both = jnp.concatenate([views_of[:, 0], views_of[:, 1:].mean(1)], axis=-1)
+    facts = jnp.split(heads.facts(both), np.cumsum([*map(len, FACTS.values())])[:-1], axis=-1)
+    return {
+        "classes": optax.softmax_cross_entropy(heads.classes(features), shares).mean(),
+        "counts": (jnp.exp(log_rate) - counts * log_rate).sum(-1).mean(),
+        "position": sum(
+            _cross_entropy(head(features), jnp.broadcast_to(target, features.shape[:2])).mean()
+            for head, target in ((heads.row, row), (heads.column, column))
+        ),
+        "view": _cross_entropy(heads.view(pooled).reshape(*number.shape, -1), number).mean(),
+        "image": _cross_entropy(heads.image(both).reshape(*whole.shape, -1), whole).mean(),
+        "facts": sum(
+            jnp.where(target >= 0, _cross_entropy(logits, jnp.maximum(target, 0)), 0.0).mean()
+            for logits, target in zip(facts, batch.facts.T, strict=True)
+        ),
+    }
 
-    def step(params, opt_state, batch: DenseBatch):
-        (_, losses), grads = jax.value_and_grad(loss_of, has_aux=True)(params, batch)
-        updates, opt_state = adam.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, losses
 
-    return jax.jit(step, donate_argnums=(0, 1))
+def total(losses: dict[str, Float[Array, ""]]) -> Float[Array, ""]:
+    return sum(WEIGHTS[name] * value for name, value in losses.items())

@@ -2,98 +2,253 @@
 
     python -m mmrstraj_jax.training.tiny_base --out mmrstraj_jax/assets/tiny --work runs/tiny_base
 
-Phases, each resumable by the same command: the base split and the tokenizer; the tower on dense ground truth;
-the language model and projector on a frozen tower; everything together; the result as bfloat16.
+Phases, each resumable by the same command: images, labels and tokenizer; the tower on dense ground truth;
+projector and language model on the finished tower; everything together at a lower rate; the result as
+bfloat16, with its score on held-out questions. The settings are those of configs/tiny_base.py.
 """
 
 import argparse
 import dataclasses
-import random
+import json
+import os
 import sys
-from collections.abc import Iterator
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mmrstraj_jax.config import MODEL_PRESETS, Config, load_config
+from mmrstraj_jax import parallel
+from mmrstraj_jax.config import MODEL_PRESETS, TRAINABLE_PARTS, Config, load_config
+from mmrstraj_jax.data.tokenizer import Tokenizer
 from mmrstraj_jax.errors import UserError, run_command
+from mmrstraj_jax.models.lora import train_in_full
 from mmrstraj_jax.models.mmrstraj import MMRSTraj, init_model
-from mmrstraj_jax.synthcity.sample import WINDOWS_PER_CITY, samples, write_sample
 from mmrstraj_jax.synthcity.tokenizer import train_tokenizer
-from mmrstraj_jax.train import train
-from mmrstraj_jax.training.dense import DenseBatch, pretrain_tower, views_with_labels
-from mmrstraj_jax.training.run import open_run
+from mmrstraj_jax.training import shared_prefix, state, tiny_data
+from mmrstraj_jax.training.dense import DenseBatch, Heads, dense_losses, pooling_weights, total
+from mmrstraj_jax.training.muon import Muon, Tree
+from mmrstraj_jax.training.shared_prefix import Segments
+from mmrstraj_jax.training.tiny_text import GroupText, text_rows
 from mmrstraj_jax.weights import native
 
-SEED = 0
-IMAGES_A_STEP = 4  # of the dense phase: 20 views; small batches learn faster here than large ones
-POOL_CITIES = 16  # windows of this many cities are mixed, so that a batch is not one city
+QUESTIONS = 16  # an image, of those it has, drawn anew at every visit
+TEXT_ROWS = 2  # a step
+TOWER_BATCH = 8  # images of a step of the dense phase, of 2 to 7 views each
+SAVE_EVERY, REPORT_EVERY = 250, 50
+# Two devices of one thread each: at these sizes threads inside an operation wait for each other more than
+# they work. Freed memory is kept, in huge pages: page faults took a quarter of the time.
+ENVIRONMENT = {
+    "XLA_FLAGS": "--xla_cpu_prefer_vector_width=512 --xla_cpu_multi_thread_eigen=false",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:"
+    "glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456",
+}
+DEVICES = 2
 
 
-def dense_batches(first_city: int, view_size: int) -> Iterator[DenseBatch]:
-    """Endless batches of IMAGES_A_STEP windows of the base split; a thread renders ahead."""
-    side = 2 * (view_size // 14)
+def fit(
+    path: Path,
+    loss: Callable[..., tuple[jax.Array, dict]],
+    trainable: Tree,
+    frozen: Tree,
+    optimizer: Muon,
+    steps: int,
+    batches: Callable[[int], tuple[int, object]],
+) -> Tree:
+    """Trains for `steps` steps, or goes on, or reads the finished result: `path` holds it.
 
-    def city(number: int) -> list[DenseBatch]:
-        found = samples("base", SEED, WINDOWS_PER_CITY, "A", square=True, start=number * WINDOWS_PER_CITY)
-        labelled = ((sample.image, sample.labels(side)) for sample in found)
-        return [views_with_labels(image, *labels, view_size) for image, labels in labelled]
-
-    reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
-    cities = grain.MapDataset.range(first_city, 1 << 20).map(city).to_iter_dataset(reading)
-    mixer, pool = random.Random(SEED), []
-    for windows in cities:
-        pool += windows
-        while len(pool) > POOL_CITIES * WINDOWS_PER_CITY:
-            drawn = [pool.pop(mixer.randrange(len(pool))) for _ in range(IMAGES_A_STEP)]
-            yield DenseBatch(*(np.concatenate(parts) for parts in zip(*drawn, strict=True)))
-
-
-def tower_phase(work: Path, steps: int, num_images: int) -> Path:
-    """A model folder whose tower is pre-trained and whose rest is fresh.
-
-    Its windows follow those of the base split's files, so that the later phases see images it has not.
+    Args:
+        loss: (trainable, frozen, group, batch) -> scalar, metrics; one program for each group.
+        batches: step -> (group, host batch).
     """
-    folder = work / "tower"
-    if folder.exists():
-        return folder
-    config, run = MODEL_PRESETS["tiny"], tiny_config(work)
+    if path.exists():
+        return _read(path, trainable)
+    replicated = jax.NamedSharding(optimizer.mesh, jax.P())
 
-    def report(step: int, losses: dict[str, float]) -> None:
-        print(f"tower step {step}/{steps}:", *(f"{k} {v:.4f}" for k, v in losses.items()), flush=True)
+    @partial(jax.jit, static_argnums=3, donate_argnums=(0, 1))
+    def step_fn(trainable, opt_state, frozen, group, batch):
+        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(trainable, frozen, group, batch)
+        return *optimizer.update(grads, opt_state, trainable), metrics
 
-    batches = dense_batches(-(-num_images // WINDOWS_PER_CITY), config.vision.image_size)
-    tower = pretrain_tower(config.vision, batches, steps=steps, seed=SEED, report=report)
-    model = init_model(config, jax.random.key(SEED))
-    model.vision_tower = tower
-    native.save(model, config, run.anyres, folder, dtype=jnp.float32, tokenizer_dir=work)
-    return folder
+    trainable, frozen = jax.device_put((trainable, frozen), replicated)
+    carried = trainable, jax.device_put(optimizer.init(trainable), replicated)
+    partial_path, start = path.with_suffix(".partial.npz"), 0
+    if partial_path.exists():
+        carried = jax.device_put(_read(partial_path, carried), replicated)
+        start = int(carried[1].step)
+    seen, began = [], time.monotonic()
+    for step in range(start, steps):
+        group, batch = batches(step)
+        *carried, metrics = step_fn(
+            *carried, frozen, group, parallel.shard_batch(batch, optimizer.mesh, batch_axis=0)
+        )
+        seen.append(metrics)
+        if (step + 1) % REPORT_EVERY == 0:
+            means = {name: np.mean([float(metrics[name]) for metrics in seen]) for name in seen[0]}
+            pace = (step + 1 - start) / (time.monotonic() - began)
+            print(
+                f"{path.stem} {step + 1}/{steps} {pace:.2f}/s",
+                *(f"{k} {v:.3f}" for k, v in means.items()),
+                flush=True,
+            )
+            seen = []
+        if (step + 1) % SAVE_EVERY == 0 and step + 1 < steps:
+            _write(partial_path, tuple(carried))
+    _write(path, carried[0])
+    partial_path.unlink(missing_ok=True)
+    return _read(path, carried[0])
 
 
-def tiny_config(work: Path) -> Config:
-    config, _ = load_config("tiny_base", [], model="tiny")
-    return dataclasses.replace(
-        config, data=str(work / "base" / "base.json"), eval_data=str(work / "eval_base" / "eval_base.json")
-    )
+def _write(path: Path, tree) -> None:
+    temporary = path.with_name(f"_{path.name}")
+    np.savez(temporary, *map(np.asarray, jax.tree.leaves(tree)))
+    temporary.replace(path)
 
 
-def train_phase(work: Path, name: str, weights: Path, **changes) -> Path:
-    """One run of train.py under work/name, then its weights as a model folder."""
-    config = dataclasses.replace(tiny_config(work), weights=str(weights), run_dir=str(work / name), **changes)
-    run = train(config)
-    folder = work / f"{name}_model"
-    if not folder.exists():
-        save_plain(open_run(run).model, config, folder, jnp.float32, work)
-    return folder
+def _read(path: Path, like):
+    with np.load(path) as arrays:
+        leaves = [jnp.asarray(arrays[f"arr_{k}"]) for k in range(len(arrays))]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
-def save_plain(model: MMRSTraj, config: Config, folder: Path, dtype: jnp.dtype, tokenizer: Path) -> None:
-    """Saves a model without adapters in our format."""
-    native.save(model, MODEL_PRESETS["tiny"], config.anyres, folder, dtype=dtype, tokenizer_dir=tokenizer)
+@dataclasses.dataclass
+class Workshop:
+    """What all phases share."""
+
+    config: Config
+    work: Path
+    mesh: jax.sharding.Mesh
+    groups: list[tiny_data.Group]
+    tokenizer: Tokenizer
+
+    def draws(self, batch_size: int, steps: int, seed: int) -> list[tuple[int, np.ndarray]]:
+        return list(tiny_data.draws(self.groups, batch_size, steps, seed))
+
+    def tower(self, model: MMRSTraj, steps: int) -> None:
+        """Dense pre-training, in place."""
+        vision = model.vision_tower.config
+        heads = Heads(vision.output_size, vision.grid_side, rngs=nnx.Rngs(params=jax.random.key(1)))
+        both = nnx.Dict(vision_tower=model.vision_tower, heads=heads)
+        graphdef, _, weights = state.split(both)
+
+        def loss(weights: Tree, frozen: Tree, group: int, batch: DenseBatch):
+            both = state.merge(graphdef, weights, frozen)
+            pooling = pooling_weights(vision.grid_side, self.groups[group].plan.reduced_side)
+            losses = dense_losses(both.vision_tower, both.heads, batch, pooling)
+            return total(losses), losses
+
+        plan = self.draws(TOWER_BATCH, steps, 0)
+
+        def batches(step: int):
+            group, rows = plan[step]
+            found = self.groups[group]
+            labels = (x[rows].astype(np.float32) for x in (found.shares, found.counts))
+            return group, DenseBatch(found.views[rows], *labels, found.facts[rows])
+
+        optimizer = Muon(self.mesh, steps, matrix_lr=2e-3, adam_lr=1e-3)
+        weights = fit(self.work / "tower.npz", loss, weights, {}, optimizer, steps, batches)
+        model.vision_tower = state.merge(graphdef, weights, {}).vision_tower
+
+    def language(self, model: MMRSTraj, name: str, steps: int, joint: bool) -> MMRSTraj:
+        """Projector and language model on the tower as it is, or with `joint` everything."""
+        optim = self.config.optim
+        train_in_full(model, [part for part in TRAINABLE_PARTS if joint or part != "vision_tower"])
+        graphdef, trainable, frozen = state.split(model)
+        texts = [GroupText.of(group, self.tokenizer) for group in self.groups]
+        plain = text_rows(self.tokenizer)
+
+        def loss(trainable: Tree, frozen: Tree, group: int, batch):
+            model = state.merge(graphdef, trainable, frozen)
+            views, questions, talk, text = batch
+            seen = model.encode_views(views.reshape(-1, *views.shape[2:]))
+            seen = seen.reshape(*views.shape[:2], *seen.shape[1:])
+            pool = shared_prefix.image_tokens(model, seen, self.groups[group].plan.view_scale)
+            prefix, asked, told = shared_prefix.hidden_states(
+                model, pool, texts[group].prefix, [questions.ids, talk.ids]
+            )
+            ahead = model.logits(prefix[:, 0, -2])  # what follows the image is a newline
+            newline = (jax.nn.logsumexp(ahead, axis=-1) - ahead[:, self.tokenizer.newline_id]).mean()
+            answer_loss, correct = shared_prefix.score(model, asked, questions)
+            talk_loss, _ = shared_prefix.score(model, told, talk)
+            read = model.language_model(model.language_model.embed(text.ids))
+            text_loss, _ = shared_prefix.score(model, read[:, None], Segments(*(x[:, None] for x in text)))
+            real = questions.weights.any(-1)
+            metrics = {"answers": answer_loss, "talk": talk_loss, "text": text_loss}
+            metrics["right"] = (correct & real).sum() / real.sum()
+            return answer_loss + 0.5 * talk_loss + 0.3 * text_loss + 0.02 * newline, metrics
+
+        seed = 2 if joint else 1
+        plan = self.draws(self.config.batch_size, steps, seed)
+
+        def batches(step: int):
+            group, rows = plan[step]
+            rng = np.random.default_rng((seed, step))
+            text = plain.at(rng.integers(0, len(plain.ids), TEXT_ROWS))
+            return group, (self.groups[group].views[rows], *texts[group].draw(rows, QUESTIONS, rng), text)
+
+        scale = 0.5 if joint else 1.0
+        optimizer = Muon(
+            self.mesh, steps, matrix_lr=scale * optim.other_lr * 2, adam_lr=scale * optim.other_lr,
+            factors={"vision_tower": optim.tower_lr / optim.other_lr},
+        )  # fmt: skip
+        path = self.work / f"{name}.npz"
+        return state.merge(graphdef, fit(path, loss, trainable, frozen, optimizer, steps, batches), frozen)
+
+    def evaluate(self, model: MMRSTraj, held_out: list[tiny_data.Group]) -> dict[str, float]:
+        """Share of held-out answers that are right, by question type, by greedy exact match; and the same of
+        the most frequent answer to the same question string in training."""
+        graphdef, weights = nnx.split(model)
+        right, common, answers = defaultdict(list), defaultdict(list), defaultdict(Counter)
+        for group in self.groups:
+            for text in group.texts:
+                for _, question, answer in text:
+                    answers[question][answer] += 1
+        for group in held_out:
+            text = GroupText.of(group, self.tokenizer)
+            seen = features(model, group.views, self.mesh)
+
+            @jax.jit
+            def correct(weights, seen, questions, text=text, group=group):
+                model = nnx.merge(graphdef, weights)
+                pool = shared_prefix.image_tokens(model, seen.astype(jnp.float32), group.plan.view_scale)
+                _, hidden = shared_prefix.hidden_states(model, pool, text.prefix, [questions.ids])
+                return shared_prefix.score(model, hidden, questions)[1]
+
+            for row in range(len(group.views)):
+                questions = text.questions.at(np.arange(row, row + 1))
+                found = np.asarray(correct(weights, seen[row : row + 1], questions))[0]
+                for k, (kind, question, answer) in enumerate(group.texts[row][:-1]):
+                    if questions.weights[0, k].any():
+                        right[kind].append(bool(found[k]))
+                        common[kind].append(
+                            answers[question].most_common(1)[:1] == [(answer, answers[question][answer])]
+                        )
+        for of in (right, common):
+            of["overall"] = [x for kind in of for x in of[kind]]
+        return {
+            kind: {"n": len(right[kind]), "right": np.mean(right[kind]), "majority": np.mean(common[kind])}
+            for kind in sorted(right)
+        }
+
+
+def features(model: MMRSTraj, views: np.ndarray, mesh: jax.sharding.Mesh) -> np.ndarray:
+    """Tower features [N, V, T, F] of images, float16."""
+    graphdef, weights = nnx.split(model.vision_tower)
+    tower = jax.jit(lambda weights, views: nnx.merge(graphdef, weights)(views).astype(jnp.float16))
+    weights = jax.device_put(weights, jax.NamedSharding(mesh, jax.P()))
+    flat, size, found = views.reshape(-1, *views.shape[2:]), 240, []
+    for start in range(0, len(flat), size):
+        part = flat[start : start + size]
+        padded = np.pad(part, ((0, size - len(part)), (0, 0), (0, 0), (0, 0)))
+        found.append(
+            np.asarray(tower(weights, parallel.shard_batch(padded, mesh, batch_axis=0)))[: len(part)]
+        )
+    return np.concatenate(found).reshape(*views.shape[:2], *found[0].shape[1:])
 
 
 def main(args: list[str]) -> None:
@@ -102,34 +257,40 @@ def main(args: list[str]) -> None:
         "--out", type=Path, required=True, help="folder of the finished model; must not exist"
     )
     parser.add_argument("--work", type=Path, default=Path("runs/tiny_base"), help="data and phases")
-    parser.add_argument("--images", type=int, default=12000)
-    parser.add_argument("--tower-steps", type=int, default=3000)
+    parser.add_argument("--images", type=int, default=13200)
+    parser.add_argument("--tower-steps", type=int, default=2300)
     parser.add_argument("--frozen-steps", type=int, default=1200)
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--until", choices=("tower", "frozen"), help="stop after this phase")
+    parser.add_argument("--steps", type=int, help="of the last phase; default: those of the config")
     options = parser.parse_args(args)
     if options.out.exists():
         raise UserError(f"--out {options.out}: exists; remove it or name another folder")
+    if any(os.environ.get(name) != value for name, value in ENVIRONMENT.items()):
+        command = [sys.executable, "-m", "mmrstraj_jax.training.tiny_base", *args]
+        os.execve(sys.executable, command, {**os.environ, **ENVIRONMENT})
+    jax.config.update("jax_num_cpu_devices", DEVICES)
+    config, _ = load_config("tiny_base", [], model="tiny")
     work: Path = options.work
-    work.mkdir(parents=True, exist_ok=True)
     if not (work / "tokenizer.json").exists():
         train_tokenizer(work)
-    for split, number, kind in (("base", options.images, "base"), ("eval_base", 300, "eval_general")):
-        if not (work / split / f"{split}.json").exists():
-            write_sample(work / split, split, number, SEED, "A", kind)
-    folder = tower_phase(work, options.tower_steps, options.images)
-    if options.until == "tower":
-        return
-    parts = ("projector", "newline", "language_model")
-    folder = train_phase(work, "frozen", folder, train_full=parts, steps=options.frozen_steps)
-    if options.until == "frozen":
-        return
-    config = tiny_config(work)
-    # Smaller batches: at this size the number of updates limits what is learned, not the number of images
-    train_phase(work, "joint", folder, steps=options.steps, batch_size=4, micro_batch_size=4, eval_every=1000)
-    save_plain(open_run(work / "joint").model, config, options.out, jnp.bfloat16, work)
+    groups = tiny_data.render(work / "base", "base", config.seed, options.images, config.anyres, drilled=True)
+    held_out = tiny_data.render(work / "eval", "eval_base", config.seed, 720, config.anyres, drilled=False)
+    tokenizer = Tokenizer((work / "tokenizer.json").read_text())
+    workshop = Workshop(config, work, parallel.make_mesh(), groups, tokenizer)
+    model = init_model(MODEL_PRESETS["tiny"], jax.random.key(config.seed))
+    workshop.tower(model, options.tower_steps)
+    model = workshop.language(model, "frozen", options.frozen_steps, joint=False)
+    model = workshop.language(model, "joint", options.steps or config.steps, joint=True)
+    native.save(
+        model, MODEL_PRESETS["tiny"], config.anyres, options.out, dtype=jnp.bfloat16, tokenizer_dir=work
+    )
+    scores = workshop.evaluate(model, held_out)
+    (work / "scores.json").write_text(json.dumps(scores, indent=1))
+    for kind, row in scores.items():
+        print(
+            f"{kind:12} n {row['n']:5}  right {row['right']:6.1%}  question majority {row['majority']:6.1%}"
+        )
     size = sum(path.stat().st_size for path in options.out.iterdir())
-    count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(open_run(work / "joint").model)))
+    count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
     print(f"{options.out}: {count:,} parameters, {size:,} bytes", file=sys.stderr)
 
 

@@ -1,0 +1,80 @@
+"""The questions and conversations of the tiny base as token arrays.
+
+Legend: N images, M most questions of an image, L tokens, K supervised positions.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int
+
+from mmrstraj_jax.data.tokenizer import Tokenizer
+from mmrstraj_jax.synthcity.rand import Stream
+from mmrstraj_jax.synthcity.vocabulary import text_row
+from mmrstraj_jax.training.shared_prefix import Prefix, Segments, pack, segment
+from mmrstraj_jax.training.tiny_data import Group
+
+QUESTION, ANSWER = 26, 6  # most tokens of one question with its answer, of an answer with its end
+TALK = 160  # most tokens of a conversation about an image
+TALK_QUESTIONS, TALK_CAPTION = 4, 0.6  # in a conversation; its chance of a caption
+TEXT = 192  # most tokens of a text-only row
+TEXT_ROWS = 6000
+
+
+@dataclass(frozen=True)
+class GroupText:
+    """Texts of images of one size."""
+
+    prefix: Prefix
+    questions: Segments  # [N, M, ...]: each alone, its answer supervised
+    num: Int[np.ndarray, " N"]
+    talks: Segments  # [N, ...]: several turns with the mask that training uses
+
+    @classmethod
+    def of(cls, group: Group, tokenizer: Tokenizer) -> "GroupText":
+        """The last text of each image is its caption."""
+        prefix, rng, known = Prefix.of(group.plan, tokenizer), np.random.default_rng(0), {}
+        most = max(map(len, group.texts)) - 1
+        questions, talks = [], []
+        for texts in group.texts:
+            turns = [(question, answer) for _, question, answer in texts]
+            for turn in turns[:-1]:
+                if turn not in known:
+                    known[turn] = segment([turn], tokenizer, prefix.num_ids, "clean")
+            packed = pack([known[turn] for turn in turns[:-1]], QUESTION, ANSWER)
+            questions.append([np.pad(x, ((0, most - len(x)), (0, 0))) for x in packed])
+            talks.append(_talk(turns, tokenizer, prefix.num_ids, rng))
+        num = np.array([len(texts) - 1 for texts in group.texts])
+        return cls(
+            prefix, Segments(*map(np.stack, zip(*questions, strict=True))), num, pack(talks, TALK, TALK)
+        )
+
+    def draw(
+        self, rows: Int[np.ndarray, " B"], count: int, rng: np.random.Generator
+    ) -> tuple[Segments, Segments]:
+        """Segments [B, count, ...] of random questions of each image, [B, 1, ...] of its conversation."""
+        picked = [
+            rng.choice(n, count, replace=n < count) if n else np.zeros(count, int) for n in self.num[rows]
+        ]
+        return self.questions.at((rows[:, None], np.stack(picked))), self.talks.at((rows, None))
+
+
+def _talk(
+    turns: list, tokenizer: Tokenizer, skip: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """A few turns in random order, often with the caption at the front, as the training rows of a stage."""
+    chosen = [turns[k] for k in rng.permutation(len(turns) - 1)[:TALK_QUESTIONS]]
+    if not chosen or rng.random() < TALK_CAPTION:
+        chosen.insert(0 if rng.random() < 0.7 else len(chosen), turns[-1])
+    while True:
+        found = segment(chosen, tokenizer, skip, "original")
+        if len(found[0]) - 1 <= TALK:
+            return found
+        chosen.pop(rng.integers(len(chosen)))
+
+
+def text_rows(tokenizer: Tokenizer) -> Segments:
+    """Text-only conversations on the words of traffic, with the mask that training uses."""
+    rows = (text_row(Stream(0, 13, k)) for k in range(TEXT_ROWS))
+    found = [segment(turns, tokenizer, 0, "original", image=False) for turns in rows]
+    return pack([row for row in found if len(row[0]) - 1 <= TEXT], TEXT, TEXT)

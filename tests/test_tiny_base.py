@@ -1,0 +1,80 @@
+"""What the making of the tiny base rests on: packed questions are single-turn questions, labels add up."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmrstraj_jax import parallel
+from mmrstraj_jax.config import MODEL_PRESETS, AnyResConfig
+from mmrstraj_jax.data import anyres, chat
+from mmrstraj_jax.data.tokenizer import Tokenizer
+from mmrstraj_jax.models.mmrstraj import Inputs, init_model
+from mmrstraj_jax.synthcity.sample import samples
+from mmrstraj_jax.training import dense, muon, run, shared_prefix, tiny_data
+from mmrstraj_jax.training.shared_prefix import Prefix, pack, segment
+
+POLICY = AnyResConfig().for_views(112, 14)
+TURNS = [("Is there a car in the image?", "yes"), ("How many houses are there in the image?", "4")]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer((run.embedded_weights() / "tokenizer.json").read_text())
+
+
+def test_packed_questions_are_single_turn_questions(tokenizer):
+    model = init_model(MODEL_PRESETS["tiny"], jax.random.key(0))
+    plan = anyres.plan(224, 224, POLICY)
+    pixels = np.random.default_rng(0).integers(0, 256, (1, plan.num_views, 112, 112, 3), np.uint8)
+    prefix = Prefix.of(plan, tokenizer)
+    segments = pack([segment([turn], tokenizer, prefix.num_ids, "clean") for turn in TURNS], 26, 6)
+    packed = segments.at((None,))
+    features = model.encode_views(pixels[0])[None]
+    pool = shared_prefix.image_tokens(model, features, plan.view_scale)
+    _, hidden = shared_prefix.hidden_states(model, pool, prefix, [packed.ids])
+    for number, turn in enumerate(TURNS):
+        encoded = chat.encode_spans(shared_prefix.conversation([turn], image=True), tokenizer)
+        slot = int(np.flatnonzero(encoded.ids == tokenizer.image_id)[0])
+        visual = np.full(plan.num_tokens, tokenizer.pad_id)
+        ids = np.concatenate([encoded.ids[:slot], visual, encoded.ids[slot + 1 :]])[None].astype(np.int32)
+        index = np.full(ids.shape, -1, np.int32)
+        index[0, slot : slot + plan.num_tokens] = plan.index(0, plan.num_views)
+        scale = np.full((1, plan.num_views), plan.view_scale, np.float32)
+        alone = model.hidden_states(Inputs(ids, pixels, index, np.array([ids.shape[1]], np.int32), scale))
+        at = segments.positions[number][segments.weights[number]]
+        assert len(at) == encoded.answer.sum()
+        start = len(prefix.ids)
+        np.testing.assert_allclose(hidden[0, number, at], alone[0, start + at], rtol=1e-4, atol=1e-4)
+        targets = segments.targets[number][segments.weights[number]]
+        assert tokenizer.decode(targets.tolist()[:-1]) == turn[1]
+
+
+def test_segments_that_do_not_fit_weigh_nothing(tokenizer):
+    found = pack([segment([("word " * 40, "yes")], tokenizer, 0, "clean")], 26, 6)
+    assert not found.weights.any()
+
+
+def test_muon_directions_are_orthogonal():
+    stack = jnp.asarray(np.random.default_rng(0).normal(size=(2, 24, 8)), jnp.float32)
+    found = muon.orthogonal(stack, parallel.make_mesh())
+    values = np.linalg.svd(np.asarray(found), compute_uv=False)
+    assert (values > 0.6).all() and (values < 1.3).all(), values
+
+
+def test_labels_add_up():
+    sample = next(samples("base", 0, 1, "A", square=True))
+    shares, counts = tiny_data.grid_labels(sample, 16, 16)
+    np.testing.assert_allclose(shares.sum(-1), 1, rtol=1e-5)
+    kind = {name: k for k, name in enumerate(tiny_data.COUNTS)}
+    inside = [i for i in sample.truth.items if 0 <= i.u < 1 and 0 <= i.v < 1]
+    for name in ("car", "house", "tree"):
+        assert counts[..., kind[name]].sum() == sum(i.kind == name for i in inside)
+    assert set(vars(sample.truth)) >= set(tiny_data.FACTS)
+
+
+def test_pooling_is_the_mean_of_the_reduced_map():
+    values = np.random.default_rng(0).normal(size=(8, 8)).astype(np.float32)
+    reduced = jax.image.resize(values, (5, 5), "linear", antialias=False)
+    found = (dense.pooling_weights(8, 5) * values.reshape(-1)).sum()
+    np.testing.assert_allclose(found, reduced.mean(), rtol=1e-5)
