@@ -11,7 +11,7 @@ from mmrstraj_jax.data import anyres, chat
 from mmrstraj_jax.data.tokenizer import Tokenizer
 from mmrstraj_jax.models.mmrstraj import Inputs, init_model
 from mmrstraj_jax.synthcity.sample import samples
-from mmrstraj_jax.training import dense, muon, run, shared_prefix, tiny_data
+from mmrstraj_jax.training import dense, muon, run, shared_prefix, tiny_base, tiny_data
 from mmrstraj_jax.training.shared_prefix import Prefix, pack, segment
 
 POLICY = AnyResConfig().for_views(112, 14)
@@ -78,3 +78,31 @@ def test_pooling_is_the_mean_of_the_reduced_map():
     reduced = jax.image.resize(values, (5, 5), "linear", antialias=False)
     found = (dense.pooling_weights(8, 5) * values.reshape(-1)).sum()
     np.testing.assert_allclose(found, reduced.mean(), rtol=1e-5)
+
+
+def test_a_stopped_phase_goes_on_to_the_same_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny_base, "SAVE_EVERY", 2)
+    mesh, stops = parallel.make_mesh(), [3]
+
+    def loss(weights, frozen, group, batch):
+        error = batch @ weights["layers.weight"][0] - frozen["target"]
+        return (error**2).mean(), {"error": jnp.abs(error).mean()}
+
+    def batches(step):
+        if step in stops:
+            raise KeyboardInterrupt
+        return 0, np.random.default_rng(step).normal(size=(4, 3)).astype(np.float32)
+
+    def phase(name):
+        weights = {"layers.weight": jnp.ones((2, 3, 3)), "bias": jnp.ones(3)}
+        optimizer = muon.Muon(mesh, 5, matrix_lr=1e-2, adam_lr=1e-2)
+        frozen = {"target": jnp.zeros(3)}
+        return tiny_base.fit(tmp_path / f"{name}.npz", loss, weights, frozen, optimizer, 5, batches)
+
+    with pytest.raises(KeyboardInterrupt):
+        phase("stopped")
+    assert (tmp_path / "stopped.partial.npz").exists()
+    stops.clear()
+    for name, leaf in phase("stopped").items():
+        np.testing.assert_array_equal(leaf, phase("straight")[name])
+    assert not (tmp_path / "stopped.partial.npz").exists()
