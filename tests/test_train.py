@@ -90,6 +90,7 @@ def test_the_run_directory_is_what_the_contract_says(straight):
         *(
             "config.json",
             "base.json",
+            "clock.json",
             "tokenizer",
             "metrics.jsonl",
             "loss.png",
