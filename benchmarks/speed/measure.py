@@ -80,7 +80,7 @@ class Setting:
 
 def caches(folder: str, side: str) -> tuple[str, dict[str, str]]:
     """Where a side keeps compiled programs: JAX's as a setting, PyTorch's in the environment."""
-    path = str(Path(folder) / f"cache-{side}")
+    path = str(Path(folder) / f"cache-{side}".replace(" ", "-"))  # g++ of torch.compile takes no spaces
     return path, {"TORCHINDUCTOR_CACHE_DIR": path, "TRITON_CACHE_DIR": path}
 
 
