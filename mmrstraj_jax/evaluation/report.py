@@ -129,6 +129,7 @@ body { font: 15px/1.45 sans-serif; max-width: 1100px; margin: 2em auto; padding:
 table { border-collapse: collapse }
 td, th { padding: .2em .7em; border-bottom: 1px solid #ccc; text-align: right }
 td:first-child, th:first-child { text-align: left }
+.plot { max-width: 100% }
 .panel { display: flex; gap: 1em; margin: 1em 0; border-top: 1px solid #ccc; padding-top: 1em }
 .panel img { width: 224px; height: auto; align-self: flex-start }
 li { font-size: 14px }
