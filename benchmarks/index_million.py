@@ -1,6 +1,6 @@
 """How long a million rows take to index once, and to start from that index; and how much memory.
 
-    python benchmarks/index_million.py --rows 1000000 --work /tmp/million [--tiled]
+    python benchmarks/index_million.py --rows 1000000 --work DIR [--tiled]
 
 Synthetic JSON Lines rows over 64 shared images, the embedded tokenizer. Each start is a process of its own.
 Rows repeat after 4,096 but for their ids; with --tiled only so many are measured, and the index repeats their
