@@ -1,10 +1,9 @@
 """Reading and writing safetensors files, strictly and in bounded memory.
 
 Why not the `safetensors` package itself: its NumPy front end returns a fresh array per tensor (no reading
-into a
-preallocated slice, no bf16 -> fp32 on the way) and its writer wants every tensor in memory at once, 15 GB for
-a 7B
-model. The format is a length, a JSON header and raw bytes; the tests hold this module against the package.
+into a preallocated slice, no bf16 -> fp32 on the way) and its writer wants every tensor in memory at once,
+15 GB for a 7B model. The format is a length, a JSON header and raw bytes; the tests hold this module against
+the package.
 """
 
 import functools
@@ -64,9 +63,8 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     Returns:
         entries by name in file order, and the free-form metadata.
     Raises:
-        UserError: not a regular readable file, or a header that does not describe the file exactly:
-        length, JSON,
-            dtype, shape, offsets in range, no overlap, no hole, nothing after the last tensor.
+        UserError: not a regular readable file, or a header that does not describe the file exactly: length,
+            JSON, dtype, shape, offsets in range, no overlap, no hole, nothing after the last tensor.
     """
 
     def bad(what: str) -> UserError:
@@ -174,10 +172,8 @@ class Reader:
     """Reads tensors of many files into given arrays, one small reused buffer a thread; a context manager.
 
     `preadv` rather than mmap: a file truncated while it is read is an error here and a SIGBUS there, and
-    mapped
-    pages would count towards the memory of a container. A few threads, because half the time goes into
-    page faults
-    of the destination and the checksum, during which no other byte would move.
+    mapped pages would count towards the memory of a container. A few threads, because half the time goes
+    into page faults of the destination and the checksum, during which no other byte would move.
     """
 
     def __init__(self) -> None:
@@ -290,20 +286,22 @@ def _plain_cast(source: Shaped[np.ndarray, " N"], target: Shaped[np.ndarray, " N
 def _float16_to_bfloat16(bits: UInt16[np.ndarray, " N"], out: UInt16[np.ndarray, " N"]) -> None:
     """Drops three bits of the fraction, to nearest even, and moves the bias of the exponent from 15 to 127.
 
-    Whole-array integer operations, which NumPy runs as vector code; subnormal numbers, infinities and NaNs
-    come from the table.
+    Whole-array integer operations, which NumPy runs as vector code; zero, subnormal numbers, infinities and
+    NaNs come from the table.
     """
-    magnitude = bits & np.uint16(0x7FFF)
-    np.right_shift(magnitude, 3, out=out)
-    np.bitwise_and(out, 1, out=out)
-    np.add(out, magnitude, out=out)
-    np.add(out, np.uint16(3), out=out)
-    np.right_shift(out, 3, out=out)
-    np.add(out, np.uint16(112 << 7), out=out)
-    np.subtract(magnitude, np.uint16(0x0400), out=magnitude)  # wraps for subnormal numbers
-    others = np.flatnonzero(magnitude >= 0x7800)
-    np.bitwise_and(bits, np.uint16(0x8000), out=magnitude)
-    np.bitwise_or(out, magnitude, out=out)
+    signed, result = bits.view(np.int16), out.view(np.int16)  # so that a right shift keeps the sign
+    np.right_shift(signed, 3, out=result)
+    np.bitwise_and(result, 1, out=result)  # a tie goes up where what is kept is odd
+    np.add(result, 3, out=result)
+    np.add(result, signed, out=result)
+    np.right_shift(result, 3, out=result)
+    np.bitwise_and(out, np.uint16(0x8FFF), out=out)
+    np.add(result, 112 << 7, out=result)
+    exponent = np.add(
+        bits, np.uint16(0x0400)
+    )  # all ones becomes 0, and 0 becomes the bit that the mask leaves out
+    np.bitwise_and(exponent, np.uint16(0x7800), out=exponent)
+    others = np.flatnonzero(exponent == 0)
     out[others] = _values_of_float16(np.dtype(ml_dtypes.bfloat16))[bits[others]]
 
 
