@@ -7,12 +7,15 @@ attention. The tower's is the same plus the adapters, whose own FLOPs (rank 8) a
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from mmrstraj_jax.config import Config, ModelConfig, TextConfig, VisionConfig
-from mmrstraj_jax.data.schedule import Schedule
+
+if TYPE_CHECKING:  # the formulas are also used where no data library is installed
+    from mmrstraj_jax.data.schedule import Schedule
 
 
 def tower_trains(config: Config) -> bool:
@@ -109,7 +112,7 @@ def four_n(model: ModelConfig, shapes: Int[np.ndarray, "rows 5"]) -> Float[np.nd
 
 
 def of_step(
-    model: ModelConfig, shapes: Int[np.ndarray, "rows 5"], schedule: Schedule
+    model: ModelConfig, shapes: Int[np.ndarray, "rows 5"], schedule: "Schedule"
 ) -> Callable[[int], float]:
     """work(step) -> 4N FLOPs of the rows of that step, over all devices and without padding."""
     rows = four_n(model, shapes)
