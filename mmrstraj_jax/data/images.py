@@ -35,8 +35,8 @@ _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.er
 
 DEFAULT = ImagePolicy()
 
-# Pillow gives the memory of every image back to the kernel, which clears new pages for the next one: a quarter
-# of the time of a large image. Four of its 16 MiB blocks hold what one image needs between file and views.
+# Pillow gives the memory of every image back to the kernel, which clears new pages for the next one: a
+# quarter of the time of a large image. Four of its 16 MiB blocks hold what one image needs up to its views.
 if "PILLOW_BLOCKS_MAX" not in os.environ:
     Image.core.set_blocks_max(4)
 
