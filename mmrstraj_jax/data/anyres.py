@@ -5,9 +5,8 @@ counts cannot disagree. Behaviour: spec of LLaVA-NeXT `llava/mm_utils.py`, `llav
 Hugging Face `modeling_llava_onevision.py`; policy "tau" is the paper's formula applied to every view.
 
 A row's visual pool, which `Plan.index` addresses: V*T view tokens (view v, cell (y, x) at v*T + y*side + x,
-also
-after the view was reduced to s x s: its valid cells are y, x < s, at the same stride), then Hc*Wc canvas
-tokens, then one newline.
+also after the view was reduced to s x s: its valid cells are y, x < s, at the same stride), then Hc*Wc
+canvas tokens, then one newline.
 """
 
 import functools

@@ -147,8 +147,7 @@ def example(
 
     Raises:
       UserError: naming the row; an unreadable image, slots that do not match, longer than max_length, or
-      nothing to
-        learn from. Rows are never truncated.
+        nothing to learn from. Rows are never truncated.
     """
     try:
         pixels, plans = row_views(row, policy, image_policy)

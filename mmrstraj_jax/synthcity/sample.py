@@ -1,8 +1,7 @@
 """Samples of the city: images with captions, questions, truth and labels; written as LLaVA-OneVision files.
 
 `samples` yields them in memory, `write_sample` writes PNG images and one JSON file, `ensure_sample` makes
-the embedded
-training and evaluation sample once and keeps it in the user's cache.
+the embedded training and evaluation sample once and keeps it in the user's cache.
 """
 
 import json

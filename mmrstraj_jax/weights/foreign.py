@@ -157,8 +157,7 @@ def _check_tied_head(folder: Path, hub: dict[str, Entry], layout: str) -> tuple[
     if not same:
         raise UserError(
             f"{folder / 'config.json'}: tie_word_embeddings is true but {head.name} differs from "
-            f"{embedding.name}; "
-            "set it to false, or remove the tensor that is wrong"
+            f"{embedding.name}; set it to false, or remove the tensor that is wrong"
         )
     return (head.name,)
 

@@ -1,9 +1,8 @@
 """config.json of the public layouts -> ModelConfig and AnyResConfig. Sizes always come from the file.
 
 Known: llava_onevision (transformers 4.45 to 5.x), lmms-lab's flat `llava` config, siglip, qwen2. A setting
-that our
-model does not implement is an error that names its key; a key that a config leaves out has the default of the
-transformers class, because transformers omits such keys when it saves a nested config.
+that our model does not implement is an error that names its key; a key that a config leaves out has the
+default of the transformers class, because transformers omits such keys when it saves a nested config.
 """
 
 import re
@@ -300,8 +299,7 @@ def _from_tokenizer(folder: Path, where: Path, layout: str, image, video, eos, p
             text = tokenizer.decode([config_id], skip_special=False)
             raise UserError(
                 f"{where}: {key} {config_id} is {text!r} in {tokenizer.source}, where the visual "
-                f"token has id {own}; "
-                "correct the config or take the tokenizer that belongs to it"
+                f"token has id {own}; correct the config or take the tokenizer that belongs to it"
             )
     return (
         tokenizer.image_id,

@@ -112,8 +112,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         if end - begin != math.prod(shape) * dtype.itemsize:
             raise bad(
                 f"tensor {name!r} spans {end - begin} bytes, its shape {shape} and dtype "
-                f"{info['dtype']} need "
-                f"{math.prod(shape) * dtype.itemsize}"
+                f"{info['dtype']} need {math.prod(shape) * dtype.itemsize}"
             )
         entries[name] = Entry(name, path, dtype, tuple(shape), data_start + begin)
         spans.append((begin, end, name))

@@ -122,8 +122,7 @@ def compare(a: Tensors, b: Tensors) -> list[Row]:
     """One row per part, and one for the settings.
 
     A tied head counts as a copy of the embedding. Rows that only the larger vocabulary has are a note:
-    they stand for
-    no token (llava-hf pads to a multiple of 64).
+    they stand for no token (llava-hf pads to a multiple of 64).
     """
     rows = {part: Row(part) for _, part in _PARTS}
     for key in sorted(a.shapes.keys() | b.shapes.keys()):

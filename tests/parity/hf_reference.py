@@ -1,8 +1,7 @@
 """What transformers says about exported folders, on stdout as one JSON line each: logits and greedy ids.
 
 Run by tests/test_weights_hf.py, in this environment or in one with another transformers version. Needs only
-torch,
-transformers, peft (for an adapter), NumPy and PIL; not this package and not JAX.
+torch, transformers, peft (for an adapter), NumPy and PIL; not this package and not JAX.
 
     python hf_reference.py REQUEST.npz FOLDER [FOLDER+ADAPTER ...]
 """
