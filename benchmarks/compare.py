@@ -1,31 +1,35 @@
 """Speed side by side with PyTorch (transformers and peft): same weights, shapes and inputs, in alternation.
 
-    python benchmarks/compare.py --size 0.5b                         a CPU: 9 alternated rounds, float32
-    python benchmarks/compare.py --size 7b --device gpu --compile --defaults
+    python benchmarks/compare.py --size 0.5b --only vision-1,prefill     a CPU: 9 alternated rounds, float32
+    python benchmarks/compare.py --size 7b --device gpu --only train-block --rivals eager,defaults
 
 Every side is a process of its own. Before anything is timed both compute features, logits, loss and the
-gradient of every adapter: sides that disagree get no figure. Writes JSON, a Markdown table and a plot below
---out; `python benchmarks/report.py` makes docs/performance.md of them. Needs jax, flax, optax, einops,
-jaxtyping, numpy, torch, transformers, peft; matplotlib for the plot.
+gradient of every adapter: sides that disagree get no figure, and the exit code is 1. Each item is merged into
+one JSON file for its device, size, dtype and machine as soon as it is measured; a command that was stopped
+goes on with what is missing. `python benchmarks/report.py` makes docs/performance.md and README's table of
+these files. Needs jax, flax, optax, einops, jaxtyping, numpy, torch, transformers, peft.
 """
 
 import argparse
 import dataclasses
-import importlib.util
-import json
 import os
-import platform
 import shlex
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
-from speed import measure, tables, workloads
+from speed import machine, measure, store, tables, workloads
 
 ENVIRONMENT = {
     "cpu": {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""},
     # both live on one card: neither takes memory that it does not use
     "gpu": {"JAX_PLATFORMS": "cuda", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+}
+RIVALS = {  # --rivals -> (name in tables, options of speed.theirs)
+    "eager": ("PyTorch eager", []),
+    "compiled": ("PyTorch compiled", ["--compile"]),
+    "defaults": ("library defaults", ["--defaults"]),
 }
 
 
@@ -35,35 +39,41 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--size", choices=tuple(workloads.SIZES), default="tiny")
     parser.add_argument(
-        "--what",
-        default=",".join(workloads.KINDS),
-        help="some of vision, prefill, decode, train, and compile: first steps again, from the disk cache",
+        "--what", default=",".join(workloads.KINDS), help="kinds of items; default: %(default)s"
     )
     parser.add_argument("--only", default="", help="single items of these, e.g. decode-1,train-block")
+    parser.add_argument(
+        "--rivals", default="eager", help="some of eager, compiled (torch.compile), defaults (training only)"
+    )
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32; GPU: bfloat16")
     parser.add_argument("--pairs", type=int, help="rounds; default: 9, on a GPU 5")
-    parser.add_argument("--compile", action="store_true", help="also against torch.compile")
-    parser.add_argument(
-        "--defaults", action="store_true", help="training also against the libraries' defaults"
-    )
     parser.add_argument("--views", type=int, help="of a training row; default: 1, on a GPU 5")
     parser.add_argument("--batch", type=int, default=1, help="rows of a training step; default: %(default)s")
+    parser.add_argument(
+        "--from-cache", action="store_true", help="training: the first step again, from the disk cache"
+    )
+    parser.add_argument("--again", action="store_true", help="also what is measured already")
     parser.add_argument("--threads", type=int, help="CPUs of each side; default: all")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "measured")
     args = parser.parse_args()
     gpu = args.device == "gpu"
-    args.what = args.what.split(",")
-    args.only = [name for name in args.only.split(",") if name]
+    for name, known in (("what", workloads.KINDS), ("rivals", tuple(RIVALS))):
+        given = [each for each in getattr(args, name).split(",") if each]
+        setattr(args, name, given)
+        if not given or set(given) - set(known):
+            parser.error(f"--{name} {','.join(given)}: expected some of {', '.join(known)}")
     args.dtype = args.dtype or ("bfloat16" if gpu else "float32")
     args.pairs = args.pairs or (5 if gpu else 9)
     args.views = args.views or (5 if gpu else 1)
-    if wrong := set(args.what) - {*workloads.KINDS, "compile"}:
-        parser.error(
-            f"--what {', '.join(sorted(wrong))}: expected some of {', '.join(workloads.KINDS)}, compile"
-        )
     if args.pairs < 5:
         parser.error(f"--pairs {args.pairs}: a median of fewer than 5 rounds says nothing")
+    args.items = workloads.items(args.size, args.dtype, args.what, args.views, args.batch)
+    only = [name for name in args.only.split(",") if name]
+    if unknown := set(only) - {item.name for item in args.items}:
+        known = ", ".join(item.name for item in args.items)
+        parser.error(f"--only {', '.join(sorted(unknown))}: expected some of {known}")
+    args.items = [item for item in args.items if item.name in only or not only]
     return args
 
 
@@ -71,75 +81,57 @@ def setting(args: argparse.Namespace) -> measure.Setting:
     cpus = sorted(os.sched_getaffinity(0))[: args.threads]
     theirs = [sys.executable, "-m", "speed.theirs", "--threads", str(len(cpus))]
     theirs += ["--device", "cuda"] if args.device == "gpu" else []
-    commands = {measure.OURS: [sys.executable, "-m", "speed.ours"], "PyTorch eager": theirs}
-    if args.compile:
-        commands["PyTorch compiled"] = [*theirs, "--compile"]
-    if args.defaults:
-        commands["library defaults"] = [*theirs, "--defaults"]
+    commands = {measure.OURS: [sys.executable, "-m", "speed.ours"]}
+    commands |= {name: [*theirs, *options] for name, options in (RIVALS[each] for each in args.rivals)}
     environment = ENVIRONMENT[args.device] | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return measure.Setting(commands, environment, cpus, args.pairs)
+    fused = args.device == "gpu" and args.dtype == "bfloat16"  # cuDNN's attention has no float32
+    return measure.Setting(commands, environment, cpus, args.pairs, fused=fused)
 
 
 def say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
-def run(args: argparse.Namespace, how: measure.Setting) -> dict:
-    """Everything that was asked for, as one JSON-able record."""
-    machine, limits = measure.machine(how, args.dtype, args.size)
-    record = {
-        "command": shlex.join(["python", "benchmarks/compare.py", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d"),
-        "size": args.size,
-        "dtype": args.dtype,
-        "device": args.device,
-        "platform": platform.platform(),
-        "machine": machine,
-        "limits": limits,
-        "results": [],
-    }
-    kinds = [kind for kind in args.what if kind != "compile"]
-    items = workloads.items(args.size, args.dtype, kinds, args.views, args.batch)
-    for item in items:
-        if args.only and item.name not in args.only:
+def run(args: argparse.Namespace, how: measure.Setting) -> list[dict[str, Any]]:
+    """Measures what is missing, writes each item into its file, and returns the new results."""
+    about = machine.describe(how, args.dtype, args.size)
+    head = {"device": args.device, "size": args.size, "dtype": args.dtype}
+    head |= {"machine": about["device"], "host": about["host"]}
+    found = []
+    for item in args.items:
+        record = {
+            "command": shlex.join(["python", "benchmarks/compare.py", *sys.argv[1:]]),
+            "date": time.strftime("%Y-%m-%d"),
+            "device": args.device,
+            "versions": about["versions"],
+            "limits": about["limits"],
+            "pairs": how.pairs,
+            "code": store.code_of(item.kind),
+        }
+        path = store.file_of(args.out, args.device, item, about["device"])
+        rivals = [RIVALS[each][0] for each in args.rivals if each != "defaults" or item.kind == "train"]
+        if not args.again:
+            rivals = store.missing(path, dataclasses.asdict(item), rivals, record)
+        if not rivals:
+            say(f"{item.name}: nothing to do; what {path.name} has, --again measures anew")
             continue
-        mine = how
-        if item.kind != "train":  # defaults differ in the loss and the adapters only
-            commands = {side: command for side, command in how.commands.items() if side != "library defaults"}
-            mine = dataclasses.replace(how, commands=commands)
-        cached = "compile" in args.what and item.kind == "train"
-        record["results"].append(measure.measure(item, mine, say, from_cache=cached))
-    record["machine"]["load_after"] = os.getloadavg()[0]
-    return record
-
-
-def write(record: dict, folder: Path, name: str) -> str:
-    """JSON, Markdown and plot of a run; returns the table."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-    table = tables.markdown(record)
-    (folder / f"{name}.md").write_text(f"`{record['command']}`\n\n{table}")
-    if not any(result["ratios"] for result in record["results"]):
-        return table
-    if importlib.util.find_spec("matplotlib"):
-        tables.plot(record, folder / f"{name}.png")
-    else:
-        say(f"no matplotlib here, so no plot: benchmarks/report.py draws it from {name}.json")
-    return table
+        commands = {side: how.commands[side] for side in (measure.OURS, *rivals)}
+        mine = dataclasses.replace(how, commands=commands)
+        result = measure.measure(item, mine, say, from_cache=args.from_cache and item.kind == "train")
+        result["run"] = record
+        store.add(path, head, result)
+        found.append(result)
+    return found
 
 
 def main() -> int:
     args = arguments()
-    record = run(args, setting(args))
-    parts = [args.device, args.size, args.dtype, *(args.only or args.what)]
-    print(write(record, args.out, "speed-" + "-".join(parts)))
-    limits = record["limits"]
-    print(
-        f"measured limits: {limits['matmul'] / 1e9:,.0f} GFLOP/s, copy {limits['copy'] / 1e9:.1f} GB/s, "
-        f"read {limits['read'] / 1e9:.1f} GB/s"
-    )
+    results = run(args, setting(args))
+    if results:
+        print(tables.markdown(results))
+        print(f"measured limits: {tables.rates(results[-1]['run']['limits'])}")
     # a refused side is a failure of the comparison, whatever else was measured
-    return int(any(result["refused"] for result in record["results"]))
+    return int(any(result["refused"] for result in results))
 
 
 if __name__ == "__main__":

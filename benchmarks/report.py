@@ -1,92 +1,152 @@
-"""docs/performance.md, and README's table, from the JSON files of compare.py, pipeline.py and scaling.py.
+"""docs/performance.md, and README's table, from the JSON files of the benchmarks alone.
 
     python benchmarks/report.py                    reads benchmarks/measured, writes docs/performance.md
 
-Only what lies between `<!-- made by benchmarks/report.py: NAME -->` and `<!-- end -->` is replaced. A figure
-that was taken on a CPU with other work on it is left out, and said to be.
+Only what lies between `<!-- made by benchmarks/report.py: NAME -->` and `<!-- end -->` is replaced. What has
+not been measured, was measured on other code than the package has now, or while other work took the CPUs,
+reads "Not measured"; the reason is printed.
 """
 
 import argparse
 import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from speed import tables
+from speed import machine, store, tables
 
 ROOT = Path(__file__).resolve().parent.parent
-BUSY = 1.0  # load average before a run on a CPU; a measurement itself raises it only afterwards
-NOTHING = "Not measured yet.\n"
+NOTHING = "Not measured.\n"
+_LINES = ["vision-1", "vision-5", "vision-10", "prefill", "decode-1", "decode-4", "decode-16"]
+_TRAIN = ["train-block", "train-dots", "train-none"]
 
 
-def busy(record: dict) -> bool:
-    """Whether other work ran on the CPU that was measured."""
-    about = record.get("machine", record)
-    return record.get("device", "cpu") == "cpu" and about["load_before"] > BUSY
+class Section(NamedTuple):
+    """A table of the page: what it must have, so that a gap is seen."""
+
+    device: str
+    size: str
+    dtype: str
+    items: list[str]
+
+    @property
+    def title(self) -> str:
+        return f"{self.size.replace('b', 'B')}, {self.dtype}, one {self.device.upper()}"
+
+    def rivals(self, item: str) -> list[str]:
+        defaults = item.startswith("train") and self.device == "gpu"
+        return [tables.EAGER, tables.COMPILED] + [tables.DEFAULTS] * defaults
 
 
-def read(folder: Path, pattern: str) -> list[tuple[Path, dict]]:
-    """Records of quiet machines, sorted by name; says on stderr which were left out."""
-    found = []
+SECTIONS = [
+    Section("cpu", "0.5b", "float32", [*_LINES, *_TRAIN]),
+    Section("cpu", "0.5b", "bfloat16", ["vision-1", "prefill", "decode-1", "decode-4", "train-block"]),
+    Section("gpu", "0.5b", "bfloat16", [*_LINES, *_TRAIN]),
+    Section("gpu", "7b", "bfloat16", [*_LINES, *_TRAIN]),
+]
+
+
+class Found(NamedTuple):
+    """A file of compare.py or wins.py, less the results that may not be shown."""
+
+    path: Path
+    head: dict[str, Any]
+    results: list[dict[str, Any]]
+
+
+def why_not(result: dict[str, Any]) -> str:
+    """Why a result may not be shown; empty where it may."""
+    if not store.fresh(result):
+        return "the package's code is another one now"
+    if result["run"]["device"] == "cpu" and result.get("other_work", 0) > machine.BUSY:
+        return f"other work took {100 * result['other_work']:.0f} % of the CPUs"
+    return ""
+
+
+def read(folder: Path, pattern: str) -> Iterator[Found]:
+    """Files by name; says on stderr what is left out."""
     for path in sorted(folder.glob(pattern)):
-        record = json.loads(path.read_text())
-        if busy(record):
-            load = record.get("machine", record)["load_before"]
-            print(f"{path.name}: left out, the machine was busy (load {load:.1f})", file=sys.stderr)
-        else:
-            found.append((path, record))
-    return found
+        head = json.loads(path.read_text())
+        shown = []
+        for result in head.pop("results"):
+            if why := why_not(result):
+                print(f"{path.name}: {result['name']} is left out, {why}", file=sys.stderr)
+            else:
+                shown.append(result)
+        yield Found(path, head, shown)
+
+
+def section(want: Section, found: Found, images: Path) -> str:
+    """One table with its machine, versions, limits, plot and commands."""
+    rows, shown = [tables.HEAD], []
+    for name in want.items:
+        mine = [result for result in found.results if result["name"] == name]
+        shown += mine
+        rows += [line for result in mine for line in tables.lines(result)]
+        have = {rival for result in mine for rival in (*result["ratios"], *result["refused"])}
+        gaps = [rival for rival in want.rivals(name) if rival not in have]
+        rows += [f"| {name} | {rival} | Not measured | | | | | |" for rival in gaps]
+    text = f"{found.head['host']}.\n\n" if want.device == "cpu" else f"{found.head['machine']}.\n\n"
+    text += "\n".join(rows) + "\n"
+    if any(result["ratios"] for result in shown):
+        name = f"speed-{want.device}-{want.size}-{want.dtype}.png"
+        tables.plot(shown, f"{want.title}: {found.head['machine']}", images / name)
+        text += f"\n![time of ours over the rival's](images/{name})\n"
+    return text + tables.first_steps(shown) + how(shown)
+
+
+def how(results: list[dict[str, Any]]) -> str:
+    """When, with what, at which measured limits and by which commands results were taken."""
+    lines, commands = {}, {}
+    for result in results:
+        run = result["run"]
+        versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+        lines[f"{run['date']}, {versions}"] = tables.rates(run["limits"])
+        commands[run["command"]] = None
+    if not lines:
+        return ""
+    text = "\n".join(f"- {line}; measured limits: {limits}" for line, limits in lines.items())
+    return f"\n{text}\n\n```\n" + "\n".join(commands) + "\n```\n"
 
 
 def speed(folder: Path, images: Path) -> str:
-    """Tables of compare.py, each with machine, versions, limits and command; plots beside the docs."""
-    parts = []
-    for path, record in read(folder, "speed-*.json"):
-        about, limits = record["machine"], record["limits"]
-        versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-        rates = f"{limits['matmul'] / 1e12:.3g} TFLOP/s, copy {limits['copy'] / 1e9:.3g} GB/s"
-        parts.append(
-            f"### {record['size']}, {record['dtype']}, {about['device']}\n\n{record['date']}, {versions}; "
-            f"measured limits of this machine: {rates}, read {limits['read'] / 1e9:.3g} GB/s.\n\n"
-            f"```\n{record['command']}\n```\n\n{tables.markdown(record)}{first_steps(record)}"
-        )
-        if any(result["ratios"] for result in record["results"]):
-            tables.plot(record, images / f"{path.stem}.png")
-            parts[-1] += f"\n![ratios](images/{path.stem}.png)\n"
-    return "\n".join(parts) or NOTHING
-
-
-def first_steps(record: dict) -> str:
-    """Seconds until the first step is done, without and with programs on disk; where it was asked for."""
-    lines = []
-    for result in record["results"]:
-        for side, found in result["sides"].items():
-            if "from_cache" not in found:
-                continue
-            cold, warm = (tables.first_step(each) for each in (found, found["from_cache"]))
-            lines.append(f"| {result['name']} | {side} | {cold:.2f} s | {warm:.2f} s |")
-    head = "\nCompilation, and for PyTorch its first pass:\n\n"
-    head += "| item | side | cold | from cache |\n|---|---|---|---|\n"
-    return head + "\n".join(lines) + "\n" if lines else ""
+    """The tables of SECTIONS, and of any other size that was measured."""
+    parts, seen = [], set()
+    for want in SECTIONS:
+        files = list(read(folder, f"speed-{want.device}-{want.size}-{want.dtype}-*.json"))
+        seen |= {found.path for found in files}
+        parts.append(f"### {want.title}\n")
+        parts += [section(want, found, images) for found in files if found.results] or [NOTHING]
+    for found in read(folder, "speed-*.json"):
+        if found.path not in seen and found.results:
+            head = found.head
+            names = list(dict.fromkeys(result["name"] for result in found.results))
+            want = Section(head["device"], head["size"], head["dtype"], names)
+            parts += [f"### {want.title}\n", section(want, found, images)]
+    return "\n".join(parts)
 
 
 def pipeline(folder: Path) -> str:
-    lines = []
-    for _, record in read(folder, "pipeline.json"):
-        image, loader = record["image"], record["loader"]
-        lines.append(
-            f"`{record['command']}`: one 2000 x 1500 image ({image['views']} views) "
-            f"{image['image_ms']:.0f} ms on one core, "
-            f"pixels equal to the reference's; {loader['size']} x {loader['size']} tiles "
-            f"{loader['samples_per_s']:.1f} samples/s with {record['workers'] or 1} worker(s)."
-        )
-        if "feeding" in record:
-            need = record["feeding"]
-            lines.append(
-                f"8 GPUs that train {need['gpu_samples_per_s']:g} samples/s each need "
-                f"{need['cores']:.1f} such cores."
-            )
-    return "\n".join(lines) + "\n" if lines else NOTHING
+    path = folder / "pipeline.json"
+    if not path.exists():
+        return NOTHING
+    record = json.loads(path.read_text())
+    if record["code"] != store.fingerprint(store.HOST_CODE):
+        print(f"{path.name}: left out, the package's code is another one now", file=sys.stderr)
+        return NOTHING
+    image, loader, need = record["image"], record["loader"], record["feeding"]
+    return (
+        f"{record['host']}, {record['date']}:\n\n```\n{record['command']}\n```\n\n"
+        f"- One 2000 x 1500 image, {image['views']} views: {image['image_ms']:.0f} ms of one core (goal "
+        f"105), decoding the JPEG {image['decode_ms']:.0f} ms of them; the pixels are the reference's.\n"
+        f"- The loader, {loader['size']} x {loader['size']} tiles of {loader['views']} views: "
+        f"{loader['samples_per_s']:.1f} samples a second of one core, so 8 cores make "
+        f"{8 * loader['samples_per_s']:.0f} samples/s.\n"
+        f"- 8 GPUs that train {need['gpu_samples_per_s']:.1f} samples/s each ({need['source']}) ask for "
+        f"{8 * need['gpu_samples_per_s']:.0f} samples/s: {need['cores']:.1f} such cores.\n"
+    )
 
 
 def scaling(folder: Path) -> str:
@@ -99,6 +159,32 @@ def scaling(folder: Path) -> str:
         shown = [one for one in points if one.devices in COUNTS[::3] + COUNTS[-1:]]
         parts.append(f"{record['title']}:\n\n```\n{record['command']}\n```\n\n{markdown(shown)}")
     return "\n".join(parts) or NOTHING
+
+
+README_ITEMS = {
+    "vision-1": "vision tower, one view",
+    "prefill": "prompt of 2,100 tokens",
+    "decode-1": "answer, batch 1",
+    "decode-4": "answer, batch 4",
+    "train-block": "LoRA step, layers recomputed",
+}
+
+
+def summary(folder: Path) -> str:
+    """README's table: ours over PyTorch eager, a column for each section."""
+    columns = []
+    for want in SECTIONS:
+        pattern = f"speed-{want.device}-{want.size}-{want.dtype}-*.json"
+        results = [result for found in read(folder, pattern) for result in found.results]
+        columns.append(
+            {one["name"]: one["ratios"][tables.EAGER] for one in results if tables.EAGER in one["ratios"]}
+        )
+    rows = ["| time of ours / PyTorch eager | " + " | ".join(want.title for want in SECTIONS) + " |"]
+    rows.append("|---" * (1 + len(SECTIONS)) + "|")
+    for name, label in README_ITEMS.items():
+        cells = [f"{found[name]['median']:.2f}" if name in found else "Not measured" for found in columns]
+        rows.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(rows) + "\n"
 
 
 def fill(page: str, blocks: dict[str, str]) -> str:
@@ -121,6 +207,7 @@ def main() -> None:
         "speed": speed(args.measured, ROOT / "docs" / "images"),
         "pipeline": pipeline(args.measured),
         "scaling": scaling(args.measured),
+        "summary": summary(args.measured),
     }
     for page in (ROOT / "docs" / "performance.md", ROOT / "README.md"):
         page.write_text(fill(page.read_text(), blocks))

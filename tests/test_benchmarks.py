@@ -1,5 +1,6 @@
 """The comparison with PyTorch refuses sides that disagree; its tables, its page and the scaling model."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -18,7 +19,7 @@ from speed import child
 
 class Side:
     def prepare(self, item, budget, cache):
-        return {"lower_s": 0.25, "compile_s": 1.0}
+        return {"lower_s": 0.25, "compile_s": 1.0, "fused_attention": False}
     def outputs(self, path):
         factor = float(sys.argv[1])
         np.savez(path, loss=np.float32(2.0), gradient=factor * np.linspace(1, 2, 50, dtype=np.float32))
@@ -27,7 +28,7 @@ class Side:
         return {"seconds": float(sys.argv[2]), "loss": float(sys.argv[3])}
     def memory(self, reset):
         return {"peak": 2**20}
-    def limits(self, dtype, side, copy_bytes):
+    def limits(self, dtype, large):
         return {"matmul": 1e12, "copy": 2e10, "read": 1e10}
     def about(self):
         return {"versions": {"stub": "1"}, "device": "", "threads": 1}
@@ -48,7 +49,7 @@ def stub(factor: float = 1.0, seconds: float = 1.0, loss: float = 2.0) -> list[s
 def setting(**commands):
     from speed.measure import Setting
 
-    return Setting(commands, {}, [min(os.sched_getaffinity(0))], pairs=5, pause=0.0)
+    return Setting(commands, {}, [min(os.sched_getaffinity(0))], pairs=5, pause=0.0, look=0.02)
 
 
 @pytest.fixture
@@ -114,9 +115,17 @@ def test_no_figure_of_a_side_that_disagrees(item):
     assert result["ratios"]["good"] == {"median": 0.25, "low": 0.25, "high": 0.25}
     assert result["refused"]["wrong"] == ["gradient: relative error 0.0099, limit 0.001"]
     assert any("wrong REFUSED" in line for line in said)
-    table = tables.markdown({"results": [result], "limits": {"matmul": 1e12, "copy": 1e10, "read": 1e10}})
-    assert "| train-block | good | 500 ms | 2 s | **0.25** (0.25-0.25) | 1 / 1 MiB |" in table
-    assert "| train-block | wrong | refused: gradient" in table and "9" not in table.split("wrong")[1][:12]
+    table = tables.markdown([result | {"run": run()}])
+    assert "views | good | 500 ms | 2 s | **0.25** (0.25-0.25) |  | 1 / 1 MiB = 1.00 |" in table
+    assert "views | wrong | refused: gradient" in table and "9" not in table.split("wrong")[1][:12]
+
+
+def test_no_figure_without_fused_attention_where_it_is_asked_for(item):
+    from speed import measure
+
+    how = dataclasses.replace(setting(ours=stub(), rival=stub()), fused=True)
+    result = measure.measure(item, how, lambda text: None)
+    assert not result["ratios"] and "cuDNN" in result["refused"]["rival"][0]
 
 
 def test_sides_that_drift_apart_are_refused_after_the_rounds(item):
@@ -149,9 +158,9 @@ def test_what_bounds_decoding():
     one = Item("decode", "0.5b", "bfloat16", batch=1)
     needed = tables.work(one)
     assert needed["bytes"] == pytest.approx(2 * 494e6, rel=0.01)  # every weight once, and a short cache
-    result = {"work": needed, "sides": {"ours": {"median_s": needed["bytes"] / 20e9}}}
-    limits = {"matmul": 1e12, "copy": 35e9, "read": 40e9}
-    assert tables.bound(result, limits) == ("memory bandwidth", pytest.approx(0.5))
+    result = {"work": needed, "sides": {"ours": {"median_s": needed["bytes"] / 20e9}}, "run": run()}
+    result["run"]["limits"] = {"matmul": 1e12, "copy": 35e9, "read": 40e9}
+    assert tables.bound(result) == ("memory bandwidth", pytest.approx(0.5))
 
 
 def test_weights_do_not_depend_on_the_process():
@@ -167,32 +176,94 @@ def test_weights_do_not_depend_on_the_process():
     )
 
 
-# ---- page ----
+# ---- files and page ----
 
 
-def record(load: float) -> dict:
-    about = {"device": "stub", "load_before": load, "versions": {"jax": "1"}}
-    limits = {"matmul": 1e12, "copy": 1e10, "read": 1e10}
+def run() -> dict:
+    """Where and how a result was taken."""
+    from speed import store
+
     return {
-        "command": "python benchmarks/compare.py --size tiny",
+        "command": "python benchmarks/compare.py --size 0.5b",
         "date": "2026-01-01",
-        "size": "tiny",
-        "dtype": "float32",
         "device": "cpu",
-        "machine": about,
-        "limits": limits,
-        "results": [],
+        "versions": {"jax": "1"},
+        "limits": {"matmul": 1e12, "copy": 1e10, "read": 1e10},
+        "pairs": 9,
+        "code": store.code_of("train"),
     }
 
 
-def test_a_busy_machine_is_left_out_of_the_page(tmp_path, capsys):
-    import report
+def result_of(name: str, rivals: dict[str, float], **changed) -> dict:
+    """A measured training item; rivals: name -> ratio. changed: of its `run`."""
+    from speed.workloads import Item
 
-    (tmp_path / "speed-busy.json").write_text(json.dumps(record(7.0)))
-    assert report.speed(tmp_path, tmp_path) == report.NOTHING
-    assert "the machine was busy (load 7.0)" in capsys.readouterr().err
-    (tmp_path / "speed-quiet.json").write_text(json.dumps(record(0.3)))
-    assert "--size tiny" in report.speed(tmp_path, tmp_path)
+    side = {"median_s": 1.0, "peak": 2**30}
+    return {
+        "name": name,
+        "item": dataclasses.asdict(Item("train", "0.5b", "float32", 1, 1, name.split("-")[1])),
+        "work": {"flops": 5e11},
+        "relative_error": dict.fromkeys(rivals, 0.0),
+        "sides": {"ours": side} | {rival: side | {"median_s": 1 / ratio} for rival, ratio in rivals.items()},
+        "ratios": {rival: dict.fromkeys(("median", "low", "high"), ratio) for rival, ratio in rivals.items()},
+        "refused": {},
+        "other_work": 0.0,
+        "run": run() | changed,
+    }
+
+
+HEAD = {"device": "cpu", "size": "0.5b", "dtype": "float32", "machine": "stub", "host": "stub host"}
+
+
+def test_items_of_several_runs_become_one_file(tmp_path):
+    from speed import store
+
+    path = tmp_path / "speed-cpu-0.5b-float32-stub.json"
+    store.add(path, HEAD, result_of("train-block", {"PyTorch eager": 0.9, "PyTorch compiled": 0.95}))
+    store.add(path, HEAD, result_of("train-dots", {"PyTorch eager": 0.8}))
+    store.add(path, HEAD, result_of("train-block", {"PyTorch eager": 0.7}))
+    ratios = [{name: one["median"] for name, one in each["ratios"].items()} for each in store.read(path)]
+    assert ratios == [{"PyTorch compiled": 0.95}, {"PyTorch eager": 0.8}, {"PyTorch eager": 0.7}]
+    item = result_of("train-block", {})["item"]
+    both = ["PyTorch eager", "library defaults"]
+    assert store.missing(path, item, both, run()) == ["library defaults"]
+    assert store.missing(path, item, both, run() | {"pairs": 11}) == both
+    assert store.missing(path, item, both, run() | {"versions": {"jax": "2"}}) == both
+
+
+def test_what_may_not_be_shown_reads_not_measured(tmp_path, capsys):
+    import report
+    from speed import store
+
+    path = tmp_path / "speed-cpu-0.5b-float32-stub.json"
+    store.add(path, HEAD, result_of("train-block", {"PyTorch eager": 0.9}))
+    store.add(path, HEAD, result_of("train-dots", {"PyTorch eager": 0.8}, code="of another day"))
+    busy = result_of("train-none", {"PyTorch eager": 0.7}) | {"other_work": 0.5}
+    store.add(path, HEAD, busy)
+    page = report.speed(tmp_path, tmp_path)
+    assert (
+        "| train-block, 1 x 1 views | PyTorch eager | 1 s | 1.11 s | **0.90** (0.90-0.90) | 1.00 reached"
+        in page
+    )
+    assert "| train-block | PyTorch compiled | Not measured |" in page
+    for gap in ("train-dots", "train-none"):
+        assert f"| {gap} | PyTorch eager | Not measured |" in page
+    said = capsys.readouterr().err
+    assert "train-dots is left out, the package's code" in said and "other work took 50 %" in said
+    assert "### 7B, bfloat16, one GPU\n\nNot measured." in page
+    assert "| LoRA step, layers recomputed | 0.90 | Not measured |" in report.summary(tmp_path)
+
+
+def test_the_fingerprint_sees_code_and_no_comment(tmp_path, monkeypatch):
+    from speed import store
+
+    monkeypatch.setattr(store, "_PACKAGE", tmp_path)
+    marks = []
+    for text in ("def f(x):\n    return x + 1\n", 'def f(x):\n    """Said."""\n\n    return x + 1  # so\n'):
+        (tmp_path / "a.py").write_text(text)
+        marks.append(store.fingerprint(["a.py"]))
+    (tmp_path / "a.py").write_text("def f(x):\n    return x + 2\n")
+    assert marks[0] == marks[1] != store.fingerprint(["a.py"])
 
 
 def test_only_the_blocks_of_the_page_change():
@@ -202,6 +273,24 @@ def test_only_the_blocks_of_the_page_change():
     filled = report.fill(page, {"speed": "new\n"})
     assert filled == page.replace("old", "new")
     assert report.fill(filled, {"speed": "new\n"}) == filled
+
+
+def documented() -> list[list[str]]:
+    """The words of every compare.py command of docs/performance.md, less those below its tables."""
+    page = (FOLDER.parent / "docs" / "performance.md").read_text(encoding="utf-8")
+    lines = page.split("## Against PyTorch")[0].splitlines()
+    return [line.split()[2:] for line in lines if line.startswith("python benchmarks/compare.py")]
+
+
+@pytest.mark.parametrize("words", documented(), ids=" ".join)
+def test_documented_commands_are_understood(words, monkeypatch):
+    import compare
+
+    monkeypatch.setattr(sys, "argv", ["compare.py", *words])
+    args = compare.arguments()
+    how = compare.setting(args)
+    assert args.items and len(how.commands) == 1 + len(args.rivals)
+    assert how.fused == (args.device == "gpu")
 
 
 # ---- scaling ----
@@ -239,6 +328,49 @@ def test_strategies_of_a_known_case():
     assert low < high == pytest.approx(80)
 
 
+# ---- what the scripts need ----
+
+
+def test_the_comparison_imports_its_own_libraries_alone():
+    """compare.py, its JAX side and report.py, as if nothing else were installed."""
+    code = """
+import importlib, importlib.machinery, importlib.metadata, re, sys
+
+def needed(names):
+    found = set()
+    while names:
+        name = re.split(r"[^A-Za-z0-9_.-]", names.pop())[0].lower().replace("_", "-")
+        if name in found:
+            continue
+        found.add(name)
+        try:
+            asked = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        names += [each for each in asked if "extra ==" not in each]
+    return found
+
+allowed = needed("jax flax optax numpy torch transformers peft einops jaxtyping".split())
+blocked = {
+    top for top, packages in importlib.metadata.packages_distributions().items()
+    if not any(each.lower().replace("_", "-") in allowed for each in packages)
+} - {"mmrstraj_jax"}
+assert {"grain", "PIL", "tyro"} <= blocked, blocked
+
+class Installed(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in blocked else super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = Installed
+for name in ("compare", "report", "speed.ours"):
+    importlib.import_module(name)
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(FOLDER), str(FOLDER.parent)])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
 # ---- the real sides ----
 
 
@@ -250,14 +382,13 @@ def torch_sides():
 @pytest.mark.slow
 def test_the_command_end_to_end(tmp_path):
     torch_sides()
-    command = [sys.executable, FOLDER / "compare.py", "--size", "tiny", "--pairs", "5", "--defaults"]
+    command = [sys.executable, FOLDER / "compare.py", "--size", "tiny", "--pairs", "5", "--views", "5"]
+    command += ["--rivals", "eager,defaults", "--out", tmp_path]
     names = ["vision-5", "prefill", "decode-4", "train-block", "train-none"]
-    done = subprocess.run(
-        [*command, "--only", ",".join(names), "--views", "5", "--out", tmp_path],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    for only in (names[:2], names):  # the second goes on with what is missing
+        done = subprocess.run([*command, "--only", ",".join(only)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stderr.count("nothing to do") == (2 if only is names else 0)
     (path,) = tmp_path.glob("*.json")
     results = json.loads(path.read_text())["results"]
     assert [result["name"] for result in results] == names
@@ -265,7 +396,17 @@ def test_the_command_end_to_end(tmp_path):
         rivals = {"PyTorch eager"} | ({"library defaults"} if "train" in result["name"] else set())
         assert result["ratios"].keys() == rivals and not result["refused"]
         assert max(result["relative_error"].values()) < 1e-4
-    assert path.with_suffix(".png").exists() and "PyTorch eager" in path.with_suffix(".md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [w for w in documented() if "gpu" in w], ids=" ".join)
+def test_gpu_commands_at_tiny_size_on_this_cpu(words, tmp_path):
+    torch_sides()
+    words = ["tiny" if word in ("0.5b", "7b") else "cpu" if word == "gpu" else word for word in words]
+    command = [sys.executable, FOLDER / "compare.py", *words, "--pairs", "5", "--views", "5"]
+    done = subprocess.run([*command, "--threads", "1", "--out", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "refused" not in done.stdout
 
 
 @pytest.mark.slow

@@ -6,7 +6,6 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from speed import gate, tables, workloads
+from speed import gate, machine, tables, workloads
 from speed.workloads import Item
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -66,6 +65,8 @@ class Setting:
         cpus: that every child is pinned to.
         pairs: alternated rounds.
         pause: seconds between two turns, for the other side's threads to fall asleep.
+        look: seconds before and after the rounds in which nothing of ours runs, to see what else does.
+        fused: whether ours must compute attention with cuDNN.
     """
 
     commands: dict[str, list[str]]
@@ -73,6 +74,8 @@ class Setting:
     cpus: list[int]
     pairs: int
     pause: float = 0.3
+    look: float = 1.0
+    fused: bool = False
 
     def start(self, side: str, **environment: str) -> Child:
         return Child(side, self.commands[side], self.cpus, self.environment | environment)
@@ -92,8 +95,9 @@ def measure(
     Args:
         from_cache: start every side once more, to time its first step with the programs it left on disk.
     Returns:
-        name, item, work (tables.work), sides {side: seconds, median_s, peak, first_step_s, ...}, ratios
-        {rival: tables.ratio}, refused {rival: why}: rivals that disagree have a reason and no figure.
+        name, item, work (tables.work), sides {side: seconds, median_s, peak, compile_s, ...}, ratios
+        {rival: tables.ratio}, refused {rival: why}: rivals that disagree have a reason and no figure;
+        other_work: share of the CPUs that others used just before or after the rounds.
     """
     with tempfile.TemporaryDirectory() as folder:
         children = {}
@@ -134,6 +138,10 @@ def _measure(item, setting, say, children, folder, from_cache) -> dict[str, Any]
         if why:
             refused[side] = why
             say(f"{item.name}: {side} REFUSED, the two sides do not compute the same: {'; '.join(why[:3])}")
+    # The decoder compiles its own two programs, in which attention is next to nothing
+    if setting.fused and not sides[OURS].get("fused_attention", item.kind == "decode"):
+        refused = {side: ["attention of ours is not cuDNN's in the compiled program"] for side in errors}
+        say(f"{item.name}: REFUSED, {next(iter(refused.values()))[0]}")
     rivals = [side for side in list(children)[1:] if side not in refused]
     record = {
         "name": item.name,
@@ -147,7 +155,7 @@ def _measure(item, setting, say, children, folder, from_cache) -> dict[str, Any]
     if not rivals:
         return record
     running = {side: children[side] for side in (OURS, *rivals)}
-    seconds, losses = _rounds(item, setting, say, running, sides)
+    seconds, losses, record["other_work"] = _rounds(item, setting, say, running, sides)
     for side in rivals:
         # steps change the adapters: the sides must still agree after the last one
         ours, theirs = (np.asarray(losses[name], np.float32) for name in (OURS, side))
@@ -168,13 +176,18 @@ def _measure(item, setting, say, children, folder, from_cache) -> dict[str, Any]
     return record
 
 
-def _rounds(item, setting, say, running, sides) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Sides in turn, the order reversed from round to round; also fills in second step and peak memory."""
+def _rounds(item, setting, say, running, sides) -> tuple[dict, dict, float]:
+    """Sides in turn, the order reversed from round to round; also fills in second step and peak memory.
+
+    Returns seconds and losses of each side, and the larger share of other work before and after.
+    """
     for side, child in running.items():
         sides[side]["second_step_s"] = child.ask("time")["seconds"]
         child.ask("memory", reset=True)
     seconds = {side: [] for side in running}
     losses = {side: [] for side in running}
+    time.sleep(setting.pause)
+    other = machine.other_work(setting.cpus, setting.look)
     for number in range(setting.pairs):
         for side in list(running)[:: -1 if number % 2 else 1]:
             time.sleep(setting.pause)
@@ -185,34 +198,8 @@ def _rounds(item, setting, say, running, sides) -> tuple[dict[str, list[float]],
         say(f"{item.name}: round {number + 1} of {setting.pairs}: {last}")
     for side, child in running.items():
         sides[side]["peak"] = child.ask("memory", reset=False)["peak"]
-    return seconds, losses
-
-
-def machine(setting: Setting, dtype: str, size: str) -> tuple[dict[str, Any], dict[str, float]]:
-    """(processor, device, versions, load; its limits).
-
-    Limits are the best matrix rate (FLOP/s) and copy and read rates (bytes/s) that either library reaches.
-    """
-    versions, device, threads = {"python": sys.version.split()[0], "numpy": np.__version__}, "", {}
-    side, copy_bytes = (256, 2**23) if size == "tiny" else (4096, 2**29)
-    limits: dict[str, float] = {}
-    for name in list(setting.commands)[:2]:
-        child = setting.start(name)
-        about = child.ask("about")
-        found = child.ask("limits", dtype=dtype, side=side, copy_bytes=copy_bytes)
-        child.close()
-        versions |= about["versions"]
-        device, threads[name] = about["device"] or device, about["threads"]
-        limits = {key: max(value, limits.get(key, 0.0)) for key, value in found.items()}
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU")
-    gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    about = {
-        "device": device or processor,
-        "processor": processor,
-        "threads": threads,
-        "memory_gib": round(gib, 1),
-        "load_before": os.getloadavg()[0],
-        "versions": versions,
-    }
-    return about, limits
+    time.sleep(setting.pause)
+    other = max(other, machine.other_work(setting.cpus, setting.look))
+    if other > machine.BUSY:
+        say(f"{item.name}: other work took {100 * other:.0f} % of the CPUs; its figures stay out of the docs")
+    return seconds, losses, other

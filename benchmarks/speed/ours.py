@@ -63,6 +63,18 @@ def inputs(item: Item, row: workloads.Row) -> Inputs:
     return Inputs(row.input_ids, row.pixels, row.visual_index, lengths, scale)
 
 
+def batch(item: Item, row: workloads.Row | None = None) -> dict[str, Any]:
+    """One micro-batch of the step (training.step.Batch)."""
+    row = workloads.row(item) if row is None else row
+    return {
+        "inputs": inputs(item, row)._replace(sample_index=np.arange(item.batch, dtype=np.int32)),
+        "positions": row.positions,
+        "targets": row.targets,
+        "weights": np.ones(row.targets.shape, np.float32),
+        "answer": np.ones(row.targets.shape, bool),
+    }
+
+
 def text_inputs(item: Item) -> Inputs:
     """A prompt without images."""
     side = item.model.vision.image_size
@@ -79,7 +91,9 @@ class Program:
         lowered = jax.jit(function).lower(*args) if not hasattr(function, "lower") else function.lower(*args)
         lowered_at = time.perf_counter()
         self.compiled = lowered.compile()
-        self.seconds = {"lower_s": lowered_at - start, "compile_s": time.perf_counter() - lowered_at}
+        self.about = {"lower_s": lowered_at - start, "compile_s": time.perf_counter() - lowered_at}
+        self.about["fused_attention"] = "__cudnn$fmha" in self.compiled.as_text()
+        self.about["temporary"] = self.compiled.memory_analysis().temp_size_in_bytes
 
     def __call__(self, *args: Any) -> Any:
         return jax.block_until_ready(self.compiled(*args))
@@ -136,7 +150,6 @@ class Decode:
         ids = workloads.token_ids(item)
         self.pieces = self.decoder.tokens(text_inputs(item), ids, options)
         self.first = next(self.pieces)  # the prefill's
-        self.program = None
 
     def step(self) -> np.ndarray:
         return next(self.pieces)
@@ -159,13 +172,25 @@ class Decode:
         return {"logits": logits, "ids": np.concatenate([self.first, self.step()], axis=1)}
 
 
+def gradients_by_layer(grads: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The same gradients under PyTorch's names: stacked layers apart."""
+    found = {}
+    for name, value in grads.items():
+        if ".layers." not in name:
+            found[name] = value
+            continue
+        before, after = name.split(".layers.")
+        found |= {f"{before}.layers.{layer}.{after}": each for layer, each in enumerate(value)}
+    return found
+
+
 class Train:
     """One LoRA step on tower and projector: training.step.build_step as the train command runs it."""
 
     def __init__(self, item: Item):
-        optim = OptimConfig(
-            workloads.LEARNING_RATE, workloads.LEARNING_RATE, warmup_ratio=0.0, schedule="constant"
-        )
+        self.item = item
+        rate = workloads.LEARNING_RATE
+        optim = OptimConfig(rate, rate, warmup_ratio=0.0, schedule="constant")
         self.config = Config(
             batch_size=item.batch,
             micro_batch_size=item.batch,
@@ -175,43 +200,46 @@ class Train:
             optim=optim,
         )
         self.graphdef, self.trainable, self.frozen = state.split(build(item))
-        row = workloads.row(item)
-        micro = {
-            "inputs": inputs(item, row)._replace(sample_index=np.arange(item.batch, dtype=np.int32)),
-            "positions": row.positions,
-            "targets": row.targets,
-            "weights": np.ones(row.targets.shape, np.float32),
-            "answer": np.ones(row.targets.shape, bool),
-        }
-        self.batch = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], micro)
-        optimizer = Optimizer(optim, 1000)
-        self.opt_state, self.number = optimizer.init(self.trainable), jnp.int32(0)
-        step = build_step(self.graphdef, optimizer, self.config)
-        args = (self.trainable, self.opt_state, self.frozen, self.batch, self.number)
-        self.program = Program(step, *args)
+        self.optimizer = Optimizer(optim, 1000)
+        self.opt_state, self.number = self.optimizer.init(self.trainable), jnp.int32(0)
+        self.prepare()
 
-    def step(self) -> jax.Array:
-        args = (self.trainable, self.opt_state, self.frozen, self.batch, self.number)
-        self.trainable, self.opt_state, metrics = self.program(*args)
+    def prepare(self) -> None:
+        self.batch = self.on_device(batch(self.item))
+        self.program = Program(self.function(), *self.arguments(self.batch))
+
+    def on_device(self, micro: dict) -> dict:
+        """A batch as the step takes it: one micro-batch."""
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], micro)
+
+    def function(self) -> Callable:
+        return build_step(self.graphdef, self.optimizer, self.config)
+
+    def arguments(self, batch: dict) -> tuple:
+        return self.trainable, self.opt_state, self.frozen, batch, self.number
+
+    def run(self, program: Program, batch: dict) -> jax.Array:
+        self.trainable, self.opt_state, metrics = program(*self.arguments(batch))
         return metrics["loss"]
 
-    def outputs(self) -> dict[str, Any]:
-        def differentiate(trainable, frozen, batch, number):
+    def step(self) -> jax.Array:
+        return self.run(self.program, self.batch)
+
+    def differentiate(self, batch: dict) -> tuple[jax.Array, dict[str, jax.Array]]:
+        def loss_and_gradients(trainable, frozen, batch, number):
             return gradients(self.graphdef, self.config, trainable, frozen, batch, number)
 
-        loss, grads = jax.jit(differentiate)(self.trainable, self.frozen, self.batch, self.number)
-        found = {"loss": loss}
-        for name, value in grads.items():
-            if ".layers." not in name:
-                found[name] = value
-                continue
-            before, after = name.split(".layers.")
-            found |= {f"{before}.layers.{layer}.{after}": each for layer, each in enumerate(value)}
-        return found
+        return jax.jit(loss_and_gradients)(self.trainable, self.frozen, batch, self.number)
+
+    def outputs(self) -> dict[str, Any]:
+        loss, grads = self.differentiate(self.batch)
+        return {"loss": loss} | gradients_by_layer(grads)
 
 
 class Side:
     """Requests of compare.py."""
+
+    kinds = {"vision": Vision, "prefill": Prefill, "decode": Decode, "train": Train}
 
     def prepare(self, item: dict, budget: int, cache: str) -> dict:
         """Builds and compiles; lower_s and compile_s are of the step's program."""
@@ -220,14 +248,12 @@ class Side:
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
             jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
         self.item = Item(**item)
-        kinds = {"vision": Vision, "prefill": Prefill, "train": Train}
         start = time.perf_counter()
-        if self.item.kind == "decode":
-            self.work = Decode(self.item, budget)
-        else:
-            self.work = kinds[self.item.kind](self.item)
-        compiled = self.work.program.seconds if self.work.program else {}
-        return {"prepare_s": time.perf_counter() - start, **compiled}
+        more = {"budget": budget} if self.item.kind == "decode" else {}
+        self.work = self.kinds[self.item.kind](self.item, **more)
+        answer = {"prepare_s": time.perf_counter() - start}
+        program = getattr(self.work, "program", None)  # the decoder compiles its own two
+        return answer if program is None else answer | program.about
 
     def outputs(self, path: str) -> dict:
         found = {name: np.asarray(value) for name, value in self.work.outputs().items()}
@@ -249,16 +275,16 @@ class Side:
             child.forget_peak()
         return {"peak": child.peak_bytes()}
 
-    def limits(self, dtype: str, side: int, copy_bytes: int) -> dict:
+    def limits(self, dtype: str, large: bool) -> dict:
         """Best matrix rate (FLOP/s) and copy and read rates (bytes/s) of three."""
-        x = jnp.ones((side, side), dtype)
+        side, copy_bytes, repeats = workloads.probe(large, jax.default_backend() == "gpu")
+        x = jax.random.normal(jax.random.key(0), (side, side), dtype)
         buffer = jnp.ones(copy_bytes // 4, jnp.float32)
-        matmul = Program(lambda x: x @ x, x)
-        copy, read = Program(lambda buffer: buffer + 1, buffer), Program(jnp.sum, buffer)
+        matmul, copy, read = Program(jnp.matmul, x, x), Program(_bump, buffer), Program(jnp.sum, buffer)
         return {
-            "matmul": 2 * side**3 / _best(lambda: matmul(x)),
-            "copy": 2 * copy_bytes / _best(lambda: copy(buffer)),
-            "read": copy_bytes / _best(lambda: read(buffer)),
+            "matmul": 2 * side**3 * repeats / _best(lambda: matmul.compiled(x, x), repeats),
+            "copy": 2 * copy_bytes * repeats / _best(lambda: copy.compiled(buffer), repeats),
+            "read": copy_bytes * repeats / _best(lambda: read.compiled(buffer), repeats),
         }
 
     def about(self) -> dict:
@@ -267,11 +293,18 @@ class Side:
         return {"versions": {"jax": jax.__version__}, "device": kind, "threads": len(os.sched_getaffinity(0))}
 
 
-def _best(function: Callable) -> float:
+def _bump(x: jax.Array) -> jax.Array:
+    return x + 1
+
+
+def _best(function: Callable, repeats: int) -> float:
+    """Seconds of `repeats` calls, which the device gets without waiting in between: best of three."""
     found = []
     for _ in range(4):
         start = time.perf_counter()
-        function()
+        for _ in range(repeats):
+            result = function()
+        jax.block_until_ready(result)
         found.append(time.perf_counter() - start)
     return min(found[1:])
 

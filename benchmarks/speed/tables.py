@@ -5,8 +5,25 @@ from typing import Any
 
 import numpy as np
 
+from mmrstraj_jax.config import Config
 from mmrstraj_jax.planning import flops
 from speed.workloads import Item
+
+EAGER, COMPILED, DEFAULTS = "PyTorch eager", "PyTorch compiled", "library defaults"
+# (device, dtype) -> item -> the ratio ours / PyTorch, eager or compiled, that was set out for at 0.5B
+GOALS = {
+    ("cpu", "float32"): {
+        "vision-1": 0.95,
+        "prefill": 0.90,
+        "decode-1": 0.55,
+        "decode-4": 0.40,
+        "train-block": 1.0,
+        "train-dots": 1.0,
+    },
+    ("cpu", "bfloat16"): {"prefill": 1.05, "decode-1": 0.55, "train-block": 1.05},
+}
+PEAK_GOAL = 0.80  # peak memory of a training step, float32 on a CPU
+GPU_GOALS = {COMPILED: 1 / 1.3, DEFAULTS: 1 / 1.8}  # of a training step
 
 
 def ratio(ours: list[float], theirs: list[float]) -> dict[str, float]:
@@ -26,10 +43,9 @@ def work(item: Item, tokens: int = 1) -> dict[str, float]:
     model, count = item.model, flops.parameters(item.model)
     itemsize = 4 if item.dtype == "float32" else 2
     if item.kind == "train":
-        from mmrstraj_jax.config import Config  # with the paper's LoRA, as Item says
-
         each = flops.of_row(model, item.views, item.length, item.sizes.supervised)
-        return {"flops": item.batch * each.training(Config(remat=item.remat, dtype=item.dtype))}
+        config = Config(remat=item.remat, dtype=item.dtype)  # with the paper's LoRA
+        return {"flops": item.batch * each.training(config)}
     if item.kind == "decode":
         text = model.text
         slot = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
@@ -44,9 +60,9 @@ def work(item: Item, tokens: int = 1) -> dict[str, float]:
     return {"flops": each.decoder_linear + each.decoder_attention + each.head}
 
 
-def bound(result: dict[str, Any], limits: dict[str, float]) -> tuple[str, float]:
-    """What bounds an item on this machine, and the share of that limit that ours reaches."""
-    seconds, needed = result["sides"]["ours"]["median_s"], result["work"]
+def bound(result: dict[str, Any]) -> tuple[str, float]:
+    """What bounds an item on its machine, and the share of that measured limit that ours reaches."""
+    seconds, needed, limits = result["sides"]["ours"]["median_s"], result["work"], result["run"]["limits"]
     floors = {"matrix rate": needed["flops"] / limits["matmul"]}
     if "bytes" in needed:
         floors["memory bandwidth"] = needed["bytes"] / max(limits["copy"], limits["read"])
@@ -59,46 +75,91 @@ def first_step(side: dict[str, float]) -> float:
     return side["lower_s"] + side["compile_s"] if "compile_s" in side else side["outputs_s"]
 
 
-def _seconds(value: float) -> str:
+def first_steps(results: list[dict[str, Any]]) -> str:
+    """Seconds until the first step is done, without and with programs on disk; where it was asked for."""
+    rows = []
+    for result in results:
+        for side, found in result["sides"].items():
+            if "from_cache" in found:
+                cold, warm = (first_step(each) for each in (found, found["from_cache"]))
+                rows.append(f"| {result['name']} | {side} | {cold:.2f} s | {warm:.2f} s |")
+    head = "\nCompilation, and for PyTorch its first pass:\n\n"
+    head += "| item | side | cold | from cache |\n|---|---|---|---|\n"
+    return head + "\n".join(rows) + "\n" if rows else ""
+
+
+def rates(limits: dict[str, float]) -> str:
+    return (
+        f"{limits['matmul'] / 1e12:.3g} TFLOP/s, copy {limits['copy'] / 1e9:.3g} GB/s, "
+        f"read {limits['read'] / 1e9:.3g} GB/s"
+    )
+
+
+def seconds(value: float) -> str:
     return f"{value:.3g} s" if value >= 1 else f"{1000 * value:.3g} ms"
 
 
-def markdown(run: dict[str, Any]) -> str:
-    """The table of one run of compare.py: a line for every item and rival."""
-    lines = [
-        "| item | rival | ours | rival's | ours / rival (95 %) | peak memory, ours / rival | ours reaches |",
-        "|---|---|---|---|---|---|---|",
+def goal(result: dict[str, Any], rival: str) -> str:
+    """The goal of an item and whether it is reached: the interval's lower end is at or under it."""
+    item, device = result["item"], result["run"]["device"]
+    wanted = GOALS.get((device, item["dtype"]), {}).get(result["name"])
+    if device == "gpu" and item["kind"] == "train":
+        wanted = GPU_GOALS.get(rival)
+    elif item["size"] != "0.5b" or rival == DEFAULTS:
+        wanted = None
+    if wanted is None:
+        return ""
+    text = f"{wanted:.2f} {'reached' if result['ratios'][rival]['low'] <= wanted else 'missed'}"
+    if device == "cpu" and item["kind"] == "train" and item["dtype"] == "float32":
+        peak = result["sides"]["ours"]["peak"] / result["sides"][rival]["peak"]
+        text += f"; memory {PEAK_GOAL:.2f} {'reached' if peak <= PEAK_GOAL else 'missed'}"
+    return text
+
+
+HEAD = (
+    "| item | rival | ours | rival's | ours / rival (95 %) | goal | peak memory, both | ours reaches |\n"
+    "|---|---|---|---|---|---|---|---|"
+)
+
+
+def lines(result: dict[str, Any]) -> list[str]:
+    """Table rows of a result: one for every rival."""
+    name = result["name"]
+    if result["item"]["kind"] == "train":
+        name += f", {result['item']['batch']} x {result['item']['views']} views"
+    found = [
+        f"| {name} | {rival} | refused: {why[0]} | | | | | |" for rival, why in result["refused"].items()
     ]
-    for result in run["results"]:
-        for name, why in result["refused"].items():
-            lines.append(f"| {result['name']} | {name} | refused: {why[0]} | | | | |")
-        if not result["ratios"]:
-            continue
-        ours, (limit, share) = result["sides"]["ours"], bound(result, run["limits"])
-        for name, found in result["ratios"].items():
-            theirs = result["sides"][name]
-            lines.append(
-                f"| {result['name']} | {name} "
-                f"| {_seconds(ours['median_s'])} | {_seconds(theirs['median_s'])} "
-                f"| **{found['median']:.2f}** ({found['low']:.2f}-{found['high']:.2f}) "
-                f"| {ours['peak'] / 2**20:,.0f} / {theirs['peak'] / 2**20:,.0f} MiB "
-                f"| {100 * share:.0f} % of {limit} |"
-            )
-    return "\n".join(lines) + "\n"
+    if not result["ratios"]:
+        return found
+    ours, (limit, share) = result["sides"]["ours"], bound(result)
+    for rival, ratio in result["ratios"].items():
+        theirs = result["sides"][rival]
+        found.append(
+            f"| {name} | {rival} | {seconds(ours['median_s'])} | {seconds(theirs['median_s'])} "
+            f"| **{ratio['median']:.2f}** ({ratio['low']:.2f}-{ratio['high']:.2f}) | {goal(result, rival)} "
+            f"| {ours['peak'] / 2**20:,.0f} / {theirs['peak'] / 2**20:,.0f} MiB "
+            f"= {ours['peak'] / theirs['peak']:.2f} | {100 * share:.0f} % of {limit} |"
+        )
+    return found
 
 
-def plot(run: dict[str, Any], path: Path) -> None:
+def markdown(results: list[dict[str, Any]]) -> str:
+    return "\n".join([HEAD, *(line for result in results for line in lines(result))]) + "\n"
+
+
+def plot(results: list[dict[str, Any]], title: str, path: Path) -> None:
     """Ratios with their intervals, one row an item; left of the line ours is faster."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rivals = list(dict.fromkeys(name for result in run["results"] for name in result["ratios"]))
-    names = [result["name"] for result in run["results"] if result["ratios"]]
+    rivals = list(dict.fromkeys(name for result in results for name in result["ratios"]))
+    names = list(dict.fromkeys(result["name"] for result in results if result["ratios"]))
     figure, axes = pyplot.subplots(figsize=(7, 1.4 + 0.42 * len(names)), layout="constrained")
     for number, rival in enumerate(rivals):
-        shown = [(one["name"], one["ratios"][rival]) for one in run["results"] if rival in one["ratios"]]
+        shown = [(one["name"], one["ratios"][rival]) for one in results if rival in one["ratios"]]
         y = [names.index(name) + 0.2 * (number - (len(rivals) - 1) / 2) for name, _ in shown]
         x = [found["median"] for _, found in shown]
         spread = [
@@ -111,7 +172,8 @@ def plot(run: dict[str, Any], path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlim(left=0)
     axes.set_xlabel("time of ours / time of the rival (below 1: ours is faster)")
-    axes.set_title(f"{run['size']}, {run['dtype']}, {run['machine']['device']}", fontsize=10)
+    axes.set_title(title, fontsize=10)
     axes.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

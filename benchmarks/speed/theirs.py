@@ -288,21 +288,23 @@ class Side:
             child.forget_peak()
         return {"peak": child.peak_bytes()}
 
-    def limits(self, dtype: str, side: int, copy_bytes: int) -> dict:
+    def limits(self, dtype: str, large: bool) -> dict:
         device = self.how.device
-        x = torch.ones(side, side, dtype=getattr(torch, dtype), device=device)
+        side, copy_bytes, repeats = workloads.probe(large, device.type == "cuda")
+        x = torch.randn(side, side, dtype=getattr(torch, dtype), device=device)
         buffer = torch.ones(copy_bytes // 4, device=device)
         return {
-            "matmul": 2 * side**3 / self._best(lambda: x @ x),
-            "copy": 2 * copy_bytes / self._best(lambda: buffer + 1),
-            "read": copy_bytes / self._best(buffer.sum),
+            "matmul": 2 * side**3 * repeats / self._best(lambda: x @ x, repeats),
+            "copy": 2 * copy_bytes * repeats / self._best(lambda: buffer + 1, repeats),
+            "read": copy_bytes * repeats / self._best(buffer.sum, repeats),
         }
 
-    def _best(self, function: Callable) -> float:
+    def _best(self, function: Callable, repeats: int) -> float:
         found = []
         for _ in range(4):
             start = time.perf_counter()
-            function()
+            for _ in range(repeats):
+                function()
             self.how.wait()
             found.append(time.perf_counter() - start)
         return min(found[1:])

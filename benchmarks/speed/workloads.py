@@ -80,6 +80,14 @@ class Item:
         return self.sizes.prefill if self.kind == "prefill" else self.sizes.context
 
 
+def probe(large: bool, gpu: bool) -> tuple[int, int, int]:
+    """(matrix side, bytes copied, calls timed together) that measure a machine's limits."""
+    if not large:
+        return 256, 2**23, 1
+    # A GPU does one product of side 4,096 faster than the host asks for the next.
+    return (8192, 2**31, 10) if gpu else (4096, 2**29, 1)
+
+
 def items(size: str, dtype: str, what: list[str], views: int, batch: int) -> list[Item]:
     """Every item of the named kinds; views and batch are the training row's."""
     found = []
