@@ -2,11 +2,12 @@
 
 Axes `data` and `fsdp` always exist. The frozen model has no gradient and no optimizer state, so replicated
 weights and plain data parallel are the default; with fsdp > 1 weights are split too, never along the layer
-axis that the scan runs over. The batch is split over both axes.
+axis that the scan runs over, and made whole just before their use, a layer at a time (`weights_mesh`). The
+batch is split over both axes.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -23,7 +24,7 @@ FSDP_AXES: tuple[tuple[str, int | None], ...] = (
     (r"norm\d?\.weight$", None),  # too small to be worth a collective
     (r"\.layers\..*\.lora_A$", 2),  # [layers, r, in]: r is too small to split
     (r"\.layers\..*\.(weight|lora_B)$", 1),
-    (r"\.(embed_tokens|lm_head)\.weight$", 1),  # [vocabulary, hidden]: a row lookup stays local
+    (r"\.(embed_tokens|lm_head)\.weight$", 0),  # [vocabulary, hidden]
     (r"^multi_modal_projector\..*\.weight$", 0),
 )
 
@@ -45,6 +46,32 @@ def local_mesh() -> Mesh:
     return Mesh(np.asarray(jax.local_devices())[:, None], BATCH_AXES)
 
 
+def weights_mesh(mesh: Mesh | None) -> Mesh | None:
+    """The mesh if weights are split over it: then the model gathers them (models.layers.scan_layers)."""
+    return mesh if mesh is not None and mesh.shape["fsdp"] > 1 else None
+
+
+def looked_up(names: Collection[str]) -> set[str]:
+    """The embedding, where it is not the head as well."""
+    untied = "language_model.lm_head.weight" in names
+    return {"language_model.embed_tokens.weight"} if untied else set()
+
+
+def gather_unstacked(tree: Mapping[str, Any], mesh: Mesh | None) -> dict[str, Any]:
+    """The flat tree of a model, every leaf that no scan runs over made whole; unchanged without a mesh.
+
+    An embedding that is only looked up is split by columns instead: lookups are local, their rows travel.
+    """
+    if mesh is None:
+        return dict(tree)
+    turned, found = looked_up(tree), dict(tree)
+    for name, leaf in tree.items():
+        if ".layers." not in name:
+            spec = P(None, "fsdp") if name in turned else P()
+            found[name] = jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
+    return found
+
+
 def partition_spec(name: str, shape: tuple[int, ...], fsdp: int) -> P:
     """Where fsdp splits the parameter of this flat name; an axis that fsdp does not divide stays whole."""
     for pattern, axis in FSDP_AXES:
@@ -53,6 +80,21 @@ def partition_spec(name: str, shape: tuple[int, ...], fsdp: int) -> P:
                 return P(*(["fsdp" if i == axis else None for i in range(axis + 1)]))
             break
     return P()
+
+
+def gathered_once(tree: Mapping[str, Any], fsdp: int) -> int:
+    """Bytes that gather_unstacked yields on each device (of ShapeDtypeStructs or arrays); 0 without fsdp."""
+    turned = looked_up(tree)
+    return sum(
+        leaf.size * leaf.dtype.itemsize // (fsdp if name in turned else 1)
+        for name, leaf in tree.items()
+        if ".layers." not in name and is_split(name, leaf.shape, fsdp)
+    )
+
+
+def is_split(name: str, shape: tuple[int, ...], fsdp: int) -> bool:
+    """Whether each of `fsdp` devices holds a part of the parameter only."""
+    return any(partition_spec(name, shape, fsdp))
 
 
 def sharding_of(name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:

@@ -60,13 +60,15 @@ def config(**changes) -> Config:
     return dataclasses.replace(CONFIG, **changes)
 
 
-def model(lora: LoRAConfig = CONFIG.lora, train_full: tuple[str, ...] = ()) -> MMRSTraj:
+def model(lora: LoRAConfig = CONFIG.lora, train_full: tuple[str, ...] = (), *, tied: bool = True) -> MMRSTraj:
     """Random weights from NumPy (JAX would compile for seconds); adapters have a B, so that every gradient
     counts.
     """
 
+    text = dataclasses.replace(MODEL.text, tie_word_embeddings=tied)
+
     def build():
-        made = init_model(MODEL, jax.random.key(0))
+        made = init_model(dataclasses.replace(MODEL, text=text), jax.random.key(0))
         train_in_full(made, train_full)
         add_lora(made, lora, jax.random.key(1))
         return made

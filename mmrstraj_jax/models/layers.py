@@ -2,6 +2,7 @@
 
 Weights keep the torch orientation [out, in] of the public checkpoints: loading and exporting copy bytes.
 Layers of one kind are stacked on a leading axis; inside `scan_layers` a module sees one slice of it.
+Where weights are split over devices (fsdp), the scan is what makes a layer whole, just before its use.
 Legend: N rows, T tokens, D features, S leading stack axes.
 """
 
@@ -12,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Key
 
 REMAT_POLICIES = ("none", "block", "dots")
@@ -109,12 +112,37 @@ class RMSNorm(nnx.Module):
         return y.astype(x.dtype) * self.weight[...].astype(x.dtype)
 
 
-def rematerialised(step: Callable, remat: str, *, prevent_cse: bool = True) -> Callable:
-    """The same function under a policy of REMAT_POLICIES; prevent_cse can be off inside a scan."""
-    if remat == "none":
-        return step
+def _gathered(leaf: Array, mesh: Mesh) -> Array:
+    """One layer's slice of a parameter, complete on every device."""
+    # Without this first, empty constraint the second one would reach back to the stack, all of which would then
+    # be copied into another layout before the loop
+    as_it_lies = P(*[P.UNCONSTRAINED] * leaf.ndim)
+    leaf = lax.with_sharding_constraint(leaf, NamedSharding(mesh, as_it_lies))
+    return lax.with_sharding_constraint(leaf, NamedSharding(mesh, P()))
+
+
+def _all_but_gathered(primitive: Any, *_, **__) -> bool:
+    return primitive.name != "sharding_constraint"
+
+
+def rematerialised(
+    step: Callable, remat: str, *, prevent_cse: bool = True, gathers: bool = False
+) -> Callable:
+    """The same function under a policy of REMAT_POLICIES.
+
+    Args:
+        prevent_cse: can be off inside a scan.
+        gathers: step gathers weights. No policy keeps them, as over all layers they would be the whole model:
+            the backward pass gathers again.
+    """
     assert remat in REMAT_POLICIES, remat
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    if remat == "none" and not gathers:
+        return step
+    policy = {
+        "none": _all_but_gathered,
+        "block": None,
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    }[remat]
     return jax.checkpoint(step, prevent_cse=prevent_cse, policy=policy)
 
 
@@ -127,6 +155,7 @@ def scan_layers(
     last: int,
     remat: str = "none",
     unroll: bool = False,
+    mesh: Mesh | None = None,
 ) -> tuple[Any, Any]:
     """Runs body(layer, carry, index) -> (carry, output) over layers first..last-1 of a stacked module.
 
@@ -137,6 +166,9 @@ def scan_layers(
         remat: "none" stores every residual, "block" only the carry between layers, "dots" also the results of
             matrix products without batch axes.
         unroll: a Python loop instead of lax.scan (tests, and small programs).
+        mesh: the devices that weights are split over. Each layer is gathered inside the loop, in the forward
+            and again in the backward pass, and every leaf of the carry is split along its first axis. None:
+            every device has the weights.
     Returns:
         the last carry, and the outputs stacked on a leading layer axis.
     """
@@ -146,7 +178,11 @@ def scan_layers(
 
     def step(carry, scanned):
         layer_params, index = scanned
+        if mesh is not None:
+            layer_params = jax.tree.map(lambda leaf: _gathered(leaf, mesh), layer_params)
+            # left alone, the compiler would rather move activations than weights
+            carry = lax.with_sharding_constraint(carry, NamedSharding(mesh, P(mesh.axis_names)))
         return body(nnx.merge(graphdef, layer_params), carry, index)
 
-    step = rematerialised(step, remat, prevent_cse=unroll)
+    step = rematerialised(step, remat, prevent_cse=unroll, gathers=mesh is not None)
     return lax.scan(step, carry, (params, jnp.arange(first, last)), unroll=(last - first) if unroll else 1)

@@ -47,7 +47,7 @@ class MMRSTraj(nnx.Module):
     def encode_views(
         self, pixels: UInt8[Array, "N S S 3"], keys: Key[Array, " N"] | None = None, **how
     ) -> Float[Array, "N T F"]:
-        """Tower features of single views; how: remat, unroll."""
+        """Tower features of single views; how: remat, unroll, mesh of layers.scan_layers."""
         return self.vision_tower(pixels, keys, **how)
 
     def visual_pool(self, inputs: Inputs, key: Key[Array, ""] | None = None, **how) -> Float[Array, "B P H"]:
@@ -71,27 +71,19 @@ class MMRSTraj(nnx.Module):
         return merge_with_text(text, self.visual_pool(inputs, key, **how), inputs.visual_index)
 
     def hidden_states(
-        self, inputs: Inputs, key: Key[Array, ""] | None = None, *, remat: str = "none", unroll: bool = False
+        self, inputs: Inputs, key: Key[Array, ""] | None = None, **how
     ) -> Float[Array, "B L H"]:
         """Normed hidden states of whole rows.
 
         Args:
             key: dropout key of the step; each row's own is fold_in(key, sample_index). None: no dropout.
-            remat: none, block or dots (layers.scan_layers).
-            unroll: Python loop over layers instead of a scan.
+            how: remat, unroll, mesh of layers.scan_layers.
         """
-        x = self.embed(inputs, key, remat=remat, unroll=unroll)
+        x = self.embed(inputs, key, **how)
         keys = None
         if key is not None:  # another stream than the tower's
             keys = jax.vmap(lambda row: jax.random.fold_in(row, 2**31 - 1))(self._row_keys(inputs, key))
-        return self.language_model(
-            x,
-            keys,
-            segment_ids=inputs.segment_ids,
-            positions=inputs.positions,
-            remat=remat,
-            unroll=unroll,
-        )
+        return self.language_model(x, keys, segment_ids=inputs.segment_ids, positions=inputs.positions, **how)
 
     def logits(self, hidden: Float[Array, "*N H"]) -> Float[Array, "*N W"]:
         """float32 logits of chosen hidden states."""

@@ -153,8 +153,7 @@ class Qwen2(nnx.Module):
         *,
         segment_ids: Int[Array, "B L"] | None = None,
         positions: Int[Array, "B L"] | None = None,
-        remat: str = "none",
-        unroll: bool = False,
+        **how,
     ) -> Float[Array, "B L H"]:
         """Normed hidden states of whole rows, padded on the right (no valid token sees the padding).
 
@@ -162,6 +161,7 @@ class Qwen2(nnx.Module):
             x: embeddings.
             keys: one LoRA dropout key per row, or None.
             segment_ids, positions: packed rows only; positions default to 0..L-1.
+            how: remat, unroll, mesh of layers.scan_layers.
         """
         rope = self._rope(x, positions)
 
@@ -172,8 +172,7 @@ class Qwen2(nnx.Module):
             layer_keys = None if keys is None else jax.vmap(lambda key: jax.random.fold_in(key, index))(keys)
             return layer(x, attend, rope, layer_keys), None
 
-        num_layers = self.config.num_hidden_layers
-        x, _ = scan_layers(body, self.layers, x, last=num_layers, remat=remat, unroll=unroll)
+        x, _ = scan_layers(body, self.layers, x, last=self.config.num_hidden_layers, **how)
         return self.norm(x)
 
     def prefill(

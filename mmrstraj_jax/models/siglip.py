@@ -101,15 +101,14 @@ class SiglipVisionTower(nnx.Module):
         self,
         pixels: UInt8[Array, "N S S 3"],
         keys: Key[Array, " N"] | None = None,
-        *,
-        remat: str = "none",
-        unroll: bool = False,
+        **how,
     ) -> Float[Array, "N T F"]:
         """Features of N views; F = hidden_size x number of feature layers, in the order of the config.
 
         Args:
             pixels: RGB, 0..255; normalised here with mean and std 0.5 (a quarter of the host-device traffic).
             keys: one LoRA dropout key per view, or None.
+            how: remat, unroll, mesh of layers.scan_layers.
         """
         x = ((pixels.astype(jnp.float32) / 255 - 0.5) / 0.5).astype(self.dtype)
         x = self.patch_embedding(x) + self.position_embedding.weight[...].astype(self.dtype)
@@ -120,6 +119,6 @@ class SiglipVisionTower(nnx.Module):
 
         outputs, first = {}, 0
         for last in sorted(set(self.config.feature_layers)):
-            x, _ = scan_layers(body, self.layers, x, first=first, last=last, remat=remat, unroll=unroll)
+            x, _ = scan_layers(body, self.layers, x, first=first, last=last, **how)
             outputs[last], first = x, last
         return jnp.concatenate([outputs[index] for index in self.config.feature_layers], axis=-1)

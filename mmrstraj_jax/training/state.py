@@ -21,9 +21,10 @@ def split(model: nnx.Module) -> tuple[nnx.GraphDef, Tree, Tree]:
     return graphdef, *trees
 
 
-def merge(graphdef: nnx.GraphDef, trainable: Tree, frozen: Tree) -> nnx.Module:
-    """The model again; works on tracers too."""
-    return nnx.merge(graphdef, traverse_util.unflatten_dict(trainable | frozen, sep="."))
+def merge(graphdef: nnx.GraphDef, *trees: Tree) -> nnx.Module:
+    """The model again, from all its leaves; works on tracers too."""
+    leaves = {name: leaf for tree in trees for name, leaf in tree.items()}
+    return nnx.merge(graphdef, traverse_util.unflatten_dict(leaves, sep="."))
 
 
 _UINT = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from mmrstraj_jax import parallel
 from mmrstraj_jax.config import Config
 from mmrstraj_jax.models.mmrstraj import Inputs
 from mmrstraj_jax.training.loss import RowLoss, chunk_positions, row_coefficients, supervised_loss
@@ -35,8 +36,18 @@ class Batch(TypedDict):
 TrainStep = Callable[[Tree, OptState, Tree, Batch, int], tuple[Tree, OptState, dict[str, Array]]]
 
 
-def _row_loss(model: nnx.Module, batch: Batch, key: Array | None, remat: str) -> RowLoss:
-    hidden = model.hidden_states(batch["inputs"], key, remat=remat)
+def _row_loss(
+    graphdef: nnx.GraphDef,
+    trainable: Tree,
+    frozen: Tree,
+    batch: Batch,
+    key: Array | None,
+    remat: str,
+    mesh: Mesh | None,
+) -> RowLoss:
+    """mesh: of weights that are split (parallel.weights_mesh)."""
+    model = merge(graphdef, parallel.gather_unstacked(trainable | frozen, mesh))
+    hidden = model.hidden_states(batch["inputs"], key, remat=remat, mesh=mesh)
     vocab_size = model.language_model.config.vocab_size
     return supervised_loss(
         model.logits,
@@ -50,12 +61,21 @@ def _row_loss(model: nnx.Module, batch: Batch, key: Array | None, remat: str) ->
 
 
 def gradients(
-    graphdef: nnx.GraphDef, config: Config, trainable: Tree, frozen: Tree, batch: Batch, step: Int[Array, ""]
+    graphdef: nnx.GraphDef,
+    config: Config,
+    trainable: Tree,
+    frozen: Tree,
+    batch: Batch,
+    step: Int[Array, ""],
+    mesh: Mesh | None = None,
 ) -> tuple[Float[Array, ""], Tree]:
     """Loss of the accumulated batch [A, B, ...] and its float32 gradients with respect to the trainables
     only.
 
     The loss is linear in its rows (loss.row_coefficients), so micro-batches simply add up.
+
+    Args:
+        mesh: of weights that are split over devices (parallel.weights_mesh).
     """
     coefficients = row_coefficients(batch["weights"], config.loss_normalization, config.micro_batch_size)
     key = None
@@ -64,7 +84,7 @@ def gradients(
         key = jax.random.fold_in(jax.random.key(config.seed), step)
 
     def micro_loss(trainable: Tree, micro: Batch, coefficients: Float[Array, " B"]) -> Float[Array, ""]:
-        rows = _row_loss(merge(graphdef, trainable, frozen), micro, key, config.remat)
+        rows = _row_loss(graphdef, trainable, frozen, micro, key, config.remat, mesh)
         return jnp.sum(coefficients * rows.nll)
 
     def accumulate(carry, scanned):
@@ -89,8 +109,11 @@ def build_step(
             otherwise move a leaf, and the next step would be another program.
     """
 
+    mesh = None if placed is None else jax.tree.leaves(placed)[0].mesh
+    split_over = parallel.weights_mesh(mesh)
+
     def train_step(trainable: Tree, opt_state: OptState, frozen: Tree, batch: Batch, step: Int[Array, ""]):
-        loss, grads = gradients(graphdef, config, trainable, frozen, batch, step)
+        loss, grads = gradients(graphdef, config, trainable, frozen, batch, step, split_over)
         trainable, opt_state, metrics = optimizer.update(grads, opt_state, trainable, loss, step)
         metrics |= {
             "loss": loss,
@@ -99,9 +122,9 @@ def build_step(
         }
         return trainable, opt_state, metrics
 
-    if placed is None:
+    if mesh is None:
         return jax.jit(train_step, donate_argnums=(0, 1))
-    everywhere = NamedSharding(jax.tree.leaves(placed)[0].mesh, P())  # every process reads the metrics
+    everywhere = NamedSharding(mesh, P())  # every process reads the metrics
     return jax.jit(train_step, donate_argnums=(0, 1), out_shardings=(*placed, everywhere))
 
 
@@ -127,7 +150,7 @@ def build_eval_step(graphdef: nnx.GraphDef, config: Config, mesh: Mesh | None = 
     """
 
     def eval_step(trainable: Tree, frozen: Tree, batch: Batch) -> RowScore:
-        rows = _row_loss(merge(graphdef, trainable, frozen), batch, None, "none")
+        rows = _row_loss(graphdef, trainable, frozen, batch, None, "none", parallel.weights_mesh(mesh))
         return RowScore(rows.nll, rows.correct, batch["weights"].sum(-1))
 
     return jax.jit(eval_step, out_shardings=None if mesh is None else NamedSharding(mesh, P()))

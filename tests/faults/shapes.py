@@ -5,12 +5,11 @@ goes on for five steps from what the arrangement "one" saved.
 """
 
 import json
-import math
-import re
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import hlo
 import jax
 import training_case as case
 
@@ -47,24 +46,6 @@ def train(step, batch, trainable, opt_state, frozen, first: int, last: int, save
     return losses, trainable, opt_state
 
 
-KINDS = "all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute"
-
-
-def collectives(text: str) -> list[dict]:
-    """Of every collective of a program: its kind, its largest number of elements, whether a loop holds it."""
-    bodies = set(re.findall(r"body=%?([\w.-]+)", text))
-    found, computation = [], ""
-    for line in text.splitlines():
-        if header := re.match(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$", line):
-            computation = header[1]
-        match = re.match(rf"\s+(?:ROOT )?%?[\w.-]+ = (.*?) ({KINDS})(?:-start)?\(", line)
-        if match:
-            shapes = re.findall(r"\w+\[([\d,]*)\]", match[1])
-            sizes = [math.prod(int(number) for number in re.findall(r"\d+", shape)) for shape in shapes]
-            found.append({"kind": match[2], "elements": max(sizes), "loop": computation in bodies})
-    return found
-
-
 def main(work: Path, name: str, fsdp: int, place: Place | None) -> None:
     with Processes(place, ClusterConfig()) as processes:
         mesh = parallel.make_mesh(fsdp)
@@ -80,6 +61,8 @@ def main(work: Path, name: str, fsdp: int, place: Place | None) -> None:
         checkpoints = Checkpoints(work / name, say=lambda _: None)
 
         compiled = step.lower(trainable, opt_state, frozen, batch(0), 0).compile()
+        if fsdp > 1:
+            hlo.check_fsdp(compiled.as_text(), trainable | frozen)
         losses, trainable, _ = train(
             step, batch, trainable, opt_state, frozen, 0, STEPS,
             lambda *state: (checkpoints.save(SAVED, *state, {}), checkpoints.wait()),
@@ -89,8 +72,7 @@ def main(work: Path, name: str, fsdp: int, place: Place | None) -> None:
             "losses": losses,
             "specs": {leaf: str(value.sharding.spec) for leaf, value in (trainable | frozen).items()},
             "shapes": {leaf: list(value.shape) for leaf, value in (trainable | frozen).items()},
-            "collectives": collectives(compiled.as_text()),
-            "program": compiled.as_text(),
+            "collectives": hlo.collectives(compiled.as_text()),
         }
         if name != "one":
             restored = Checkpoints(work / "one").restore(SAVED, *like)

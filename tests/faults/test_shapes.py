@@ -78,24 +78,20 @@ def test_weights_lie_where_the_table_says(reports):
 
 
 @pytest.mark.parametrize("name", ["1x8 fsdp", "2x4 fsdp"])
-def test_no_whole_stack_of_weights_exists_and_layers_are_gathered_in_the_loop(reports, name):
-    report = reports[name]
-    for leaf, shape in stacked_and_split(report).items():
-        whole = f"f32[{','.join(map(str, shape))}]"
-        assert whole not in report["program"], f"{leaf}: {whole}"
-    layers = {int(np.prod(shape[1:])) for shape in stacked_and_split(report).values()}
-    gathers = [found for found in report["collectives"] if found["kind"] == "all-gather"]
-    assert any(found["loop"] and found["elements"] in layers for found in gathers)
+def test_layers_are_gathered_in_the_loop_and_nothing_else_is(reports, name):
+    """shapes.py has run hlo.check_fsdp: no whole stack of weights exists, no activation travels."""
+    in_loops = [found for found in reports[name]["collectives"] if found["loop"]]
+    assert {"all-gather", "all-reduce"} == {found["kind"] for found in in_loops}
 
 
 @pytest.mark.parametrize("name", ["1x8 data", "2x4 data"])
 def test_with_replicated_weights_only_gradients_and_scalars_travel(reports, name):
     """The loss adds nothing but scalars: everything larger is a trainable's gradient, or a layer of it."""
-    report, gradients = reports[name], set()
+    report, gradients = reports[name], [[]]
     for leaf, shape in report["shapes"].items():
         if ".lora_" in leaf:
-            gradients |= {int(np.prod(shape)), int(np.prod(shape[1:]))}
+            gradients += [shape, shape[1:]]
     assert report["collectives"]
     for found in report["collectives"]:
         assert found["kind"] == "all-reduce"
-        assert found["elements"] == 1 or found["elements"] in gradients, found
+        assert all(shape in gradients for shape in found["shapes"]), found
