@@ -11,21 +11,11 @@ these files. Needs jax, flax, optax, einops, jaxtyping, numpy, torch, transforme
 """
 
 import argparse
-import dataclasses
-import os
-import shlex
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
-from speed import machine, measure, store, tables, workloads
+from speed import measure, session, tables, workloads
 
-ENVIRONMENT = {
-    "cpu": {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""},
-    # both live on one card: neither takes memory that it does not use
-    "gpu": {"JAX_PLATFORMS": "cuda", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
-}
 RIVALS = {  # --rivals -> (name in tables, options of speed.theirs)
     "eager": ("PyTorch eager", []),
     "compiled": ("PyTorch compiled", ["--compile"]),
@@ -74,59 +64,34 @@ def arguments() -> argparse.Namespace:
         known = ", ".join(item.name for item in args.items)
         parser.error(f"--only {', '.join(sorted(unknown))}: expected some of {known}")
     args.items = [item for item in args.items if item.name in only or not only]
+    if not jobs(args):
+        parser.error("--rivals defaults: only training items have it; name some, or another rival")
     return args
 
 
 def setting(args: argparse.Namespace) -> measure.Setting:
-    cpus = sorted(os.sched_getaffinity(0))[: args.threads]
-    theirs = [sys.executable, "-m", "speed.theirs", "--threads", str(len(cpus))]
+    cpus = session.all_cpus()[: args.threads]
+    theirs = ["-m", "speed.theirs", "--threads", str(len(cpus))]
     theirs += ["--device", "cuda"] if args.device == "gpu" else []
-    commands = {measure.OURS: [sys.executable, "-m", "speed.ours"]}
+    commands = {measure.OURS: ["-m", "speed.ours"]}
     commands |= {name: [*theirs, *options] for name, options in (RIVALS[each] for each in args.rivals)}
-    environment = ENVIRONMENT[args.device] | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    fused = args.device == "gpu" and args.dtype == "bfloat16"  # cuDNN's attention has no float32
-    return measure.Setting(commands, environment, cpus, args.pairs, fused=fused)
+    return session.setting(commands, args.device, args.dtype, args.pairs, cpus)
 
 
-def say(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
-
-
-def run(args: argparse.Namespace, how: measure.Setting) -> list[dict[str, Any]]:
-    """Measures what is missing, writes each item into its file, and returns the new results."""
-    about = machine.describe(how, args.dtype, args.size)
-    head = {"device": args.device, "size": args.size, "dtype": args.dtype}
-    head |= {"machine": about["device"], "host": about["host"]}
+def jobs(args: argparse.Namespace) -> list[session.Job]:
+    """The items, each against the rivals that it has: defaults differ from eager in training only."""
     found = []
     for item in args.items:
-        record = {
-            "command": shlex.join(["python", "benchmarks/compare.py", *sys.argv[1:]]),
-            "date": time.strftime("%Y-%m-%d"),
-            "device": args.device,
-            "versions": about["versions"],
-            "limits": about["limits"],
-            "pairs": how.pairs,
-            "code": store.code_of(item.kind),
-        }
-        path = store.file_of(args.out, args.device, item, about["device"])
         rivals = [RIVALS[each][0] for each in args.rivals if each != "defaults" or item.kind == "train"]
-        if not args.again:
-            rivals = store.missing(path, dataclasses.asdict(item), rivals, record)
-        if not rivals:
-            say(f"{item.name}: nothing to do; what {path.name} has, --again measures anew")
-            continue
-        commands = {side: how.commands[side] for side in (measure.OURS, *rivals)}
-        mine = dataclasses.replace(how, commands=commands)
-        result = measure.measure(item, mine, say, from_cache=args.from_cache and item.kind == "train")
-        result["run"] = record
-        store.add(path, head, result)
-        found.append(result)
-    return found
+        found.append(session.Job(item, rivals, args.from_cache and item.kind == "train"))
+    return [job for job in found if job.rivals]
 
 
 def main() -> int:
     args = arguments()
-    results = run(args, setting(args))
+    results = session.run(
+        jobs(args), setting(args), args.out, kind="speed", device=args.device, again=args.again
+    )
     if results:
         print(tables.markdown(results))
         print(f"measured limits: {tables.rates(results[-1]['run']['limits'])}")

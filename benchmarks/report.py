@@ -149,6 +149,39 @@ def pipeline(folder: Path) -> str:
     )
 
 
+def wins(folder: Path) -> str:
+    """What each saving is worth, a table for every size and machine."""
+    parts = []
+    for found in read(folder, "wins-*.json"):
+        if found.results:
+            head = found.head
+            parts.append(f"{head['size'].replace('b', 'B')}, {head['dtype']}, {head['host']}:\n")
+            parts.append(tables.wins(found.results) + how(found.results))
+    return "\n".join(parts) or NOTHING
+
+
+def captions(folder: Path) -> str:
+    path = folder / "captions.json"
+    if not path.exists():
+        return NOTHING
+    record = json.loads(path.read_text())
+    why = ""
+    if record["code"] != store.fingerprint(store.CAPTION_CODE):
+        why = "the package's code is another one now"
+    elif record["other_work"] > machine.BUSY:
+        why = f"other work took {100 * record['other_work']:.0f} % of the CPUs"
+    if why:
+        print(f"{path.name}: left out, {why}", file=sys.stderr)
+        return NOTHING
+    rows = ["| captions | ours | pycocoevalcap | ours / pycocoevalcap (95 %) |", "|---|---|---|---|"]
+    for name, found in record["results"].items():
+        ours, theirs = (tables.seconds(found["median_s"][side]) for side in ("ours", "pycocoevalcap"))
+        ratio = found["ratio"]
+        spread = f"**{ratio['median']:.2f}** ({ratio['low']:.2f}-{ratio['high']:.2f})"
+        rows.append(f"| {name} | {ours} | {theirs} | {spread} |")
+    return f"{record['host']}, {record['date']}, `{record['command']}`:\n\n" + "\n".join(rows) + "\n"
+
+
 def scaling(folder: Path) -> str:
     from scaling import COUNTS, Point, markdown
 
@@ -206,6 +239,8 @@ def main() -> None:
     blocks = {
         "speed": speed(args.measured, ROOT / "docs" / "images"),
         "pipeline": pipeline(args.measured),
+        "wins": wins(args.measured),
+        "captions": captions(args.measured),
         "scaling": scaling(args.measured),
         "summary": summary(args.measured),
     }

@@ -254,6 +254,27 @@ def test_what_may_not_be_shown_reads_not_measured(tmp_path, capsys):
     assert "| LoRA step, layers recomputed | 0.90 | Not measured |" in report.summary(tmp_path)
 
 
+def test_savings_and_captions_on_the_page(tmp_path):
+    import report
+    from speed import store
+
+    assert report.wins(tmp_path) == report.captions(tmp_path) == report.pipeline(tmp_path) == report.NOTHING
+    one = result_of("train-dots", {"layers unrolled": 0.5})
+    one["sides"]["ours"] = one["sides"]["ours"] | {
+        "lower_s": 0.5,
+        "compile_s": 3.0,
+        "from_cache": {"lower_s": 0.5, "compile_s": 0.25},
+    }
+    store.add(tmp_path / "wins-cpu-0.5b-float32-stub.json", HEAD, one)
+    row = "| train-dots | layers unrolled | 1 s | 2 s | **0.50** (0.50-0.50) | 1,024 / 1,024 MiB "
+    assert row + "| 3.5 s (0.75 s from cache) / - |" in report.wins(tmp_path)
+    found = {"median_s": {"ours": 0.5, "pycocoevalcap": 2.0}, "ratio": one["ratios"]["layers unrolled"]}
+    record = {"command": "c", "date": "d", "host": "h", "other_work": 0.0, "results": {"short": found}}
+    for code, shown in ((store.fingerprint(store.CAPTION_CODE), True), ("old", False)):
+        (tmp_path / "captions.json").write_text(json.dumps(record | {"code": code}))
+        assert ("| short | 500 ms | 2 s | **0.50**" in report.captions(tmp_path)) == shown
+
+
 def test_the_fingerprint_sees_code_and_no_comment(tmp_path, monkeypatch):
     from speed import store
 
@@ -317,8 +338,8 @@ def test_strategies_of_a_known_case():
     assert by["data parallel", 8].wire_bytes == pytest.approx(2 * 7 / 8 * adapters)
     assert by["data parallel", 1024].memory_gib == by["data parallel", 8].memory_gib
     sharded = by["fsdp, all devices", 8]
-    weights = 2 * 893e6
-    assert sharded.wire_bytes == pytest.approx(2 * 7 / 8 * (weights + adapters), rel=0.02)
+    weights, head = 2 * 893e6, 2 * 136e6  # layers are gathered twice, the head once
+    assert sharded.wire_bytes == pytest.approx(7 / 8 * (2 * (weights + adapters) - head), rel=0.02)
     # at 1,024 few axes divide: those leaves stay whole and are not sent, and memory grows again
     assert by["fsdp, all devices", 1024].wire_bytes < 2 * weights
     assert sharded.memory_gib < by["data parallel", 8].memory_gib
@@ -396,6 +417,27 @@ def test_the_command_end_to_end(tmp_path):
         rivals = {"PyTorch eager"} | ({"library defaults"} if "train" in result["name"] else set())
         assert result["ratios"].keys() == rivals and not result["refused"]
         assert max(result["relative_error"].values()) < 1e-4
+
+
+@pytest.mark.slow
+def test_every_saving_computes_the_same_numbers(tmp_path):
+    import wins
+
+    command = [sys.executable, FOLDER / "wins.py", "--size", "tiny", "--pairs", "5", "--out", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = tmp_path.glob("wins-*.json")
+    compared = {name for result in json.loads(path.read_text())["results"] for name in result["ratios"]}
+    assert compared == {name for win in wins.WINS.values() for name in win.before}
+
+
+def test_caption_sets_are_scored_alike():
+    pytest.importorskip("pycocoevalcap")
+    import captions
+
+    given = captions.texts(20, 3, (8, 16))
+    mine, rival = captions.ours(given, False), captions.theirs(given, False)
+    assert mine == pytest.approx(rival, abs=1e-6) and 0 < mine["bleu4"] < 1
 
 
 @pytest.mark.slow

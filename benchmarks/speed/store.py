@@ -1,6 +1,6 @@
-"""Where measured items are kept: one JSON file for each device, size, dtype and machine, merged item by item.
+"""Where measured items are kept: one JSON file for each command, device, size, dtype and machine.
 
-A file is {device, size, dtype, machine, host, results}. A result is one item and the rivals of one run, with
+A file is {device, size, dtype, machine, host, results}. A result is one item and its rivals in one run, with
 its own `run`: command, date, versions, limits, pairs, share of other work, and `code`, the fingerprint of the
 package's code that was timed.
 """
@@ -15,7 +15,6 @@ from typing import Any
 
 import mmrstraj_jax
 from speed.machine import slug
-from speed.workloads import Item
 
 _PACKAGE = Path(mmrstraj_jax.__file__).parent
 _MODEL = ("models/layers.py", "models/attention.py")
@@ -30,10 +29,12 @@ CODE = {  # what of the package an item's time depends on
         *("training/loss.py", "training/step.py", "training/optimizer.py"),
     ),
 }
+CODE |= {"stream": CODE["train"], "transfer": ("models/siglip.py",)}
 HOST_CODE = (
     *("data/anyres.py", "data/images.py", "data/collate.py", "data/loader.py", "data/records.py"),
     *("data/rowfiles.py", "data/chat.py", "data/schedule.py"),
 )
+CAPTION_CODE = ("evaluation/captions.py", "evaluation/ptb.py", "evaluation/java.py")
 
 
 def _tree(node: Any) -> Any:
@@ -64,8 +65,9 @@ def code_of(kind: str) -> str:
     return fingerprint(CODE[kind])
 
 
-def file_of(folder: Path, device: str, item: Item, machine: str) -> Path:
-    return folder / f"speed-{device}-{item.size}-{item.dtype}-{slug(machine)}.json"
+def file_of(folder: Path, kind: str, device: str, size: str, dtype: str, machine: str) -> Path:
+    """kind: of the command, "speed" or "wins"."""
+    return folder / f"{kind}-{device}-{size}-{dtype}-{slug(machine)}.json"
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """From rounds of seconds to medians, intervals, a Markdown table and a plot."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 
 from mmrstraj_jax.config import Config
 from mmrstraj_jax.planning import flops
+from speed import workloads
 from speed.workloads import Item
 
 EAGER, COMPILED, DEFAULTS = "PyTorch eager", "PyTorch compiled", "library defaults"
@@ -42,6 +44,11 @@ def work(item: Item, tokens: int = 1) -> dict[str, float]:
     """
     model, count = item.model, flops.parameters(item.model)
     itemsize = 4 if item.dtype == "float32" else 2
+    if item.kind == "stream":
+        rows = [dataclasses.replace(item, kind="train", views=views) for views in workloads.STREAM]
+        return {"flops": sum(work(row)["flops"] for row in rows)}
+    if item.kind == "transfer":
+        return {"flops": 0.0, "bytes": float(workloads.pixels(item).nbytes)}
     if item.kind == "train":
         each = flops.of_row(model, item.views, item.length, item.sizes.supervised)
         config = Config(remat=item.remat, dtype=item.dtype)  # with the paper's LoRA
@@ -146,6 +153,35 @@ def lines(result: dict[str, Any]) -> list[str]:
 
 def markdown(results: list[dict[str, Any]]) -> str:
     return "\n".join([HEAD, *(line for result in results for line in lines(result))]) + "\n"
+
+
+def wins(results: list[dict[str, Any]]) -> str:
+    """Table of wins.py: time, peak memory and first step with and without each saving."""
+    rows = [
+        "| item | instead | with the saving | without | with / without (95 %) | peak memory | compiles in |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        name = result["name"]
+        for rival, why in result["refused"].items():
+            rows.append(f"| {name} | {rival} | refused: {why[0]} | | | | |")
+        for rival, ratio in result["ratios"].items():
+            after, before = result["sides"]["ours"], result["sides"][rival]
+            rows.append(
+                f"| {name} | {rival} | {seconds(after['median_s'])} | {seconds(before['median_s'])} "
+                f"| **{ratio['median']:.2f}** ({ratio['low']:.2f}-{ratio['high']:.2f}) "
+                f"| {after['peak'] / 2**20:,.0f} / {before['peak'] / 2**20:,.0f} MiB "
+                f"| {_compiling(after)} / {_compiling(before)} |"
+            )
+    return "\n".join(rows) + "\n"
+
+
+def _compiling(side: dict[str, Any]) -> str:
+    """Seconds of the first step, and from the disk cache."""
+    if "compile_s" not in side:
+        return "-"
+    warm = f" ({first_step(side['from_cache']):.2f} s from cache)" if "from_cache" in side else ""
+    return f"{first_step(side):.1f} s{warm}"
 
 
 def plot(results: list[dict[str, Any]], title: str, path: Path) -> None:

@@ -38,12 +38,13 @@ SIZES = {
     "7b": Sizes(text=100, supervised=64, prefill=2100, context=128),
 }
 KINDS = ("vision", "prefill", "decode", "train")
+STREAM = (1, 1, 2, 5)  # views of the rows of wins.py's stream
 VIEWS, BATCHES, REMATS = (1, 5, 10), (1, 4, 16), ("block", "dots", "none")
 
 
 @dataclass(frozen=True)
 class Item:
-    """One line of the table. `name` is e.g. vision-5, prefill, decode-4, train-block."""
+    """One line of a table. `name` is e.g. vision-5, prefill, decode-4, train-block."""
 
     kind: str
     size: str
@@ -75,7 +76,7 @@ class Item:
     @property
     def length(self) -> int:
         """Tokens of one row: views one after the other, a newline, text; or the prompt."""
-        if self.kind == "train":
+        if self.kind in ("train", "stream"):
             return self.views * self.reduced_side**2 + 1 + self.sizes.text
         return self.sizes.prefill if self.kind == "prefill" else self.sizes.context
 

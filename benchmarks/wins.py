@@ -1,0 +1,84 @@
+"""What each saving is worth: this package beside itself without it, in alternation and behind the same gate.
+
+    python benchmarks/wins.py                                    size mini, float32, 9 rounds, on a CPU
+    python benchmarks/wins.py --size 0.5b --only scan,remat      some of them, at real shapes
+
+Each saving is one pair of processes that must compute the same numbers. Results are merged into a file for
+each device, size, dtype and machine, which `python benchmarks/report.py` makes a table of.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from speed import measure, session, tables, workloads
+from speed.workloads import Item
+
+
+class Win(NamedTuple):
+    """A saving: what is timed, and the sides that lack it: name -> options of speed.variants."""
+
+    item: dict
+    before: dict[str, list[str]]
+    from_cache: bool = False
+
+
+ROW = {"kind": "train", "views": 1}
+WINS = {
+    "supervised-positions": Win(
+        ROW | {"remat": "dots"}, {"logits of every position": ["--without", "supervised-positions"]}
+    ),
+    "frozen-weights": Win(
+        ROW | {"remat": "dots"}, {"gradients of frozen weights": ["--without", "frozen-weights"]}
+    ),
+    "remat": Win(
+        ROW | {"remat": "block"}, {"remat none": ["--remat", "none"], "remat dots": ["--remat", "dots"]}
+    ),
+    "scan": Win(ROW | {"remat": "dots"}, {"layers unrolled": ["--without", "scan"]}, from_cache=True),
+    "buckets": Win(
+        {"kind": "stream", "remat": "dots"}, {"padded to the longest row": ["--without", "buckets"]}
+    ),
+    "compiled-loop": Win({"kind": "decode"}, {"a host loop, cache copied": ["--without", "compiled-loop"]}),
+    "uint8": Win({"kind": "transfer", "views": 25}, {"float32 pixels": ["--without", "uint8"]}),
+}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", choices=tuple(workloads.SIZES), default="mini")
+    parser.add_argument("--only", default=",".join(WINS), help="default: %(default)s")
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32; GPU: bfloat16")
+    parser.add_argument("--pairs", type=int, default=9, help="rounds; default: %(default)s")
+    parser.add_argument("--again", action="store_true", help="also what is measured already")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "measured")
+    args = parser.parse_args()
+    args.dtype = args.dtype or ("bfloat16" if args.device == "gpu" else "float32")
+    args.only = [name for name in args.only.split(",") if name]
+    if not args.only or set(args.only) - set(WINS):
+        parser.error(f"--only {','.join(args.only)}: expected some of {', '.join(WINS)}")
+    if args.pairs < 5:
+        parser.error(f"--pairs {args.pairs}: a median of fewer than 5 rounds says nothing")
+    return args
+
+
+def main() -> int:
+    args = arguments()
+    variants = ["-m", "speed.variants"]
+    jobs, commands = [], {measure.OURS: variants}
+    for win in (WINS[name] for name in args.only):
+        commands |= {name: [*variants, *options] for name, options in win.before.items()}
+        item = Item(size=args.size, dtype=args.dtype, **win.item)
+        jobs.append(session.Job(item, list(win.before), win.from_cache))
+    how = session.setting(commands, args.device, args.dtype, args.pairs, session.all_cpus())
+    results = session.run(jobs, how, args.out, kind="wins", device=args.device, again=args.again)
+    if results:
+        print(tables.wins(results))
+    return int(any(result["refused"] for result in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
