@@ -21,10 +21,9 @@ from pathlib import Path
 
 from speed.workloads import SIZES, Item
 
-from mmrstraj_jax.config import Config, ModelConfig
+from mmrstraj_jax.config import Config
 from mmrstraj_jax.data.collate import Shape
-from mmrstraj_jax.parallel import partition_spec
-from mmrstraj_jax.planning import flops, memory, program, strategy
+from mmrstraj_jax.planning import flops, memory, strategy
 from mmrstraj_jax.planning.gpus import GPUS, NODE_LINK
 
 COUNTS = tuple(2**power for power in range(11))
@@ -81,16 +80,6 @@ class Point:
         return self.devices * self.rows / self.serial_s, self.devices * self.rows / self.overlapped_s
 
 
-def gathered_bytes(config: Config, model: ModelConfig, fsdp: int) -> float:
-    """Frozen weights that a device receives from its group, for the forward and again for the backward pass.
-
-    Leaves that `fsdp` does not divide stay whole on every device, and are not sent.
-    """
-    frozen = program.abstract_model(config, model).frozen
-    split = [leaf for name, leaf in frozen.items() if any(partition_spec(name, leaf.shape, fsdp))]
-    return 2 * (fsdp - 1) / fsdp * sum(leaf.size * leaf.dtype.itemsize for leaf in split)
-
-
 def point(item: Item, compute_s: float, links: Links, devices: int, fsdp: int) -> Point:
     """One device of `devices`, its weights shared by groups of `fsdp` (1: replicated)."""
     text = item.model.text
@@ -100,8 +89,8 @@ def point(item: Item, compute_s: float, links: Links, devices: int, fsdp: int) -
     config = Config(dtype=item.dtype, remat=item.remat, batch_size=item.batch, micro_batch_size=item.batch)
     assert item.length <= text.max_position_embeddings
     needed = memory.estimate(config, item.model, shape, fsdp=fsdp)
-    reduced = strategy.wire_bytes(needed, devices, 1, micro_batches=1)
-    gathered = gathered_bytes(config, item.model, fsdp)
+    reduced = strategy.wire_bytes(config, item.model, devices, 1)
+    gathered = strategy.wire_bytes(config, item.model, devices, fsdp) - reduced
     wire_s = links.seconds(reduced, devices) + links.seconds(gathered, fsdp)
     name = "data parallel" if fsdp == 1 else "fsdp, all devices" if fsdp == devices else f"fsdp {fsdp}"
     return Point(name, devices, needed.peak / 2**30, reduced + gathered, compute_s, wire_s, item.batch)

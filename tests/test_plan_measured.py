@@ -40,7 +40,7 @@ before = status("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
 arrays = jax.tree.map(lambda leaf: jax.numpy.full(leaf.shape, 1, leaf.dtype), args)
 jax.block_until_ready(step(*arrays))
-predicted = memory.estimate(config, model, shape, fused_attention=False).peak
+predicted = memory.estimate(config, model, shape, gpu=False).peak
 print(predicted, status("VmHWM") - before)
 """
 

@@ -15,6 +15,7 @@ from mmrstraj_jax.config import Config, ModelConfig, from_dict, to_dict
 from mmrstraj_jax.data.collate import Shape
 from mmrstraj_jax.errors import UserError
 from mmrstraj_jax.planning import report
+from mmrstraj_jax.planning.memory import estimate
 from mmrstraj_jax.planning.program import Measured
 
 
@@ -23,9 +24,14 @@ def run(config: Config, model: ModelConfig, shape: Shape, devices: int) -> list[
     began = time.monotonic()
     result = compiled(config, model, shape, devices)
     seconds = time.monotonic() - began
-    rows = max(1, min(config.micro_batch_size, config.batch_size // devices))
-    predicted = report.estimate(config, model, shape, rows=rows, fsdp=config.fsdp, fused_attention=False).peak
-    return report.measured(result, predicted, seconds, devices)
+    return report.measured(result, predicted(config, model, shape, devices), seconds, devices)
+
+
+def predicted(config: Config, model: ModelConfig, shape: Shape, devices: int) -> int:
+    """Peak bytes of one of `devices` CPU devices, by the plan's own count."""
+    each = config.batch_size // devices
+    own = dataclasses.replace(config, batch_size=each, micro_batch_size=min(config.micro_batch_size, each))
+    return estimate(own, model, shape, fsdp=config.fsdp, gpu=False).peak
 
 
 def compiled(config: Config, model: ModelConfig, shape: Shape, devices: int) -> Measured:

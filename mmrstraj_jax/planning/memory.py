@@ -5,6 +5,7 @@ their backward functions hold on to is counted. So a change of the model changes
 Legend: N views, T patches, B rows, L tokens, K supervised positions, H hidden, W vocabulary.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -36,6 +37,7 @@ class Phase:
 
     name: str
     buffers: dict[str, int]
+    stack: str | None = None  # whose layers run
 
     @property
     def total(self) -> int:
@@ -68,21 +70,20 @@ def estimate(
     model: ModelConfig,
     shape: Shape,
     *,
-    rows: int | None = None,
     fsdp: int = 1,
-    fused_attention: bool = True,
+    gpu: bool = True,
 ) -> Memory:
     """Memory of one device that trains on this bucket.
 
     Args:
-        config: dtype, remat, adapters, batch sizes.
+        config: dtype, remat, adapters; batch_size and micro_batch_size are this device's.
         model: sizes.
         shape: the bucket.
-        rows: of one micro-batch on this device; None: config.micro_batch_size.
         fsdp: devices that share one copy of the weights.
-        fused_attention: True as with cuDNN on a GPU, False as on the CPU, where scores are materialised.
+        gpu: True: attention is cuDNN's, and the next layer's weights are on their way while one is in use.
+            False: scores are materialised, and one layer is whole at a time.
     """
-    rows = config.micro_batch_size if rows is None else rows
+    rows = config.micro_batch_size
     found = abstract_model(config, model)
     batch = abstract_batch(shape, config, model, rows)
     trainable = _sharded_bytes(found.trainable, fsdp)
@@ -94,10 +95,25 @@ def estimate(
         # the sum over micro-batches, and the gradient being added to it
         "gradients": 2 * trainable,
     }
-    if fsdp > 1:
-        # one layer in use and the next on its way; the head whole, as the embedding's rows are looked up
-        resident["gathered weights"] = 2 * _largest_layer(found.frozen) + _head(found.frozen)
-    return Memory(resident, _phases(config, model, shape, rows, fused_attention))
+    phases = _phases(config, model, shape, rows, gpu)
+    if fsdp == 1:
+        return Memory(resident, phases)
+    leaves = found.trainable | found.frozen
+    split = {name: leaf for name, leaf in leaves.items() if parallel.is_split(name, leaf.shape, fsdp)}
+    single = {"gathered head": parallel.gathered_once(leaves, fsdp)}
+    if config.batch_size > rows:  # no micro-batch changes them: the compiler gathers them before the first
+        return Memory(resident | single, [_with_layers(phase, split, 1 + gpu) for phase in phases])
+    head, *others = phases
+    head = Phase(head.name, head.buffers | single)
+    return Memory(resident, [head, *(_with_layers(phase, split, 1 + gpu) for phase in others)])
+
+
+def _with_layers(phase: Phase, split: dict[str, jax.ShapeDtypeStruct], count: int) -> Phase:
+    """The phase of a stack with so many of its layers whole."""
+    if phase.stack is None:
+        return phase
+    layers = [_first(leaf) for name, leaf in split.items() if name.startswith(f"{phase.stack}.layers.")]
+    return dataclasses.replace(phase, buffers=phase.buffers | {"gathered layers": count * _bytes(layers)})
 
 
 @functools.cache  # fsdp changes none of it
@@ -160,10 +176,12 @@ def _phases(config: Config, model: ModelConfig, shape: Shape, rows: int, fused: 
             vision_saved
             | {"saved by the decoder": saved["decoder"], "hidden states": 2 * hidden}
             | {"one decoder layer": live["decoder"]},
+            stack="language_model",
         ),
         Phase(
             "tower",
             vision_saved | {"pixels as numbers": pixels, "one tower layer": live["tower"]},
+            stack="vision_tower",
         ),
     ]
 
@@ -269,23 +287,8 @@ def _bytes(tree: Any) -> int:
     return sum(math.prod(leaf.shape) * _itemsize(leaf.dtype) for leaf in jax.tree.leaves(tree))
 
 
-def _largest_layer(frozen: dict[str, jax.ShapeDtypeStruct]) -> int:
-    stacks: dict[str, int] = {}
-    for name, leaf in frozen.items():
-        stack, found, _ = name.partition(".layers.")
-        if found:
-            stacks[stack] = stacks.get(stack, 0) + _bytes(leaf) // leaf.shape[0]
-    return max(stacks.values())
-
-
-def _head(frozen: dict[str, jax.ShapeDtypeStruct]) -> int:
-    return max(
-        _bytes(leaf)
-        for name, leaf in frozen.items()
-        if name.endswith(("embed_tokens.weight", "lm_head.weight"))
-    )
-
-
 def _sharded_bytes(tree: dict[str, jax.ShapeDtypeStruct], fsdp: int) -> int:
-    split = {name: any(parallel.partition_spec(name, leaf.shape, fsdp)) for name, leaf in tree.items()}
-    return sum(_bytes(leaf) // (fsdp if split[name] else 1) for name, leaf in tree.items())
+    return sum(
+        _bytes(leaf) // (fsdp if parallel.is_split(name, leaf.shape, fsdp) else 1)
+        for name, leaf in tree.items()
+    )

@@ -124,7 +124,7 @@ def advice(found: list[Option], names: list[str]) -> list[str]:
 def cpu(found: Dataset, config: Config) -> str:
     """Peak memory of the same run on this CPU, where attention scores are materialised."""
     worst = strategy.largest(found.loader.schedule.buckets)
-    peak = max(estimate(config, found.model, shape, fused_attention=False).peak for shape in worst)
+    peak = max(estimate(config, found.model, shape, gpu=False).peak for shape in worst)
     return f"one CPU device, remat {config.remat}, {config.dtype}: {size(peak)} in arrays"
 
 

@@ -8,9 +8,11 @@ from jaxtyping import Int
 
 from mmrstraj_jax.config import Config, ModelConfig
 from mmrstraj_jax.data.collate import Shape
+from mmrstraj_jax.parallel import gathered_once, is_split
 from mmrstraj_jax.planning import flops
 from mmrstraj_jax.planning.gpus import GPU
 from mmrstraj_jax.planning.memory import Memory, estimate
+from mmrstraj_jax.planning.program import abstract_model
 
 GIB = 2**30
 # Of a card's memory: the rest is CUDA's context, cuDNN's and NCCL's workspaces, and fragmentation.
@@ -75,7 +77,7 @@ def options(
                 (estimate(chosen, model, bucket, fsdp=fsdp) for bucket in largest(buckets)),
                 key=lambda one: one.peak,
             )
-            wire = wire_bytes(memory, devices, fsdp, micro_batches=per_device / micro)
+            wire = wire_bytes(chosen, model, devices, fsdp)
             found.append(Option(remat, fsdp, memory, mean * per_device, wire))
     return found
 
@@ -85,16 +87,30 @@ def largest(buckets: list[Shape]) -> list[Shape]:
     return [one for one in buckets if not any(one != other and one.fits(other) for other in buckets)]
 
 
-def wire_bytes(memory: Memory, devices: int, fsdp: int, micro_batches: float) -> float:
+def wire_bytes(config: Config, model: ModelConfig, devices: int, fsdp: int) -> float:
     """Bytes that one device sends a step, by rings: gradients all-reduced, and with fsdp weights gathered.
 
-    The gradient of each micro-batch is reduced where it is made. fsdp gathers the weights of every layer for
-    the forward pass and again for the backward pass.
+    The gradient of each micro-batch is reduced where it is made, and every micro-batch gathers the weights of
+    each layer for its forward pass and again for its backward pass. The head and the projector are gathered
+    once a step. Left out: scalars, and embeddings of looked-up tokens where the table is split.
+
+    Args:
+        config: batch_size and micro_batch_size are those of one device.
+        devices: all of them.
+        fsdp: how many share one copy of the weights.
     """
-    gradients = memory.resident["gradients"] / 2
-    reduced = 2 * (devices - 1) / devices * gradients
-    gathered = 2 * (fsdp - 1) * memory.resident["frozen weights"]
-    return micro_batches * (reduced + gathered)
+    tree = abstract_model(config, model)
+    leaves = tree.trainable | tree.frozen
+    passes = {"language_model": 2, "vision_tower": 1 + flops.tower_trains(config)}
+    layers = sum(
+        passes[name.split(".")[0]] * leaf.size * leaf.dtype.itemsize
+        for name, leaf in leaves.items()
+        if ".layers." in name and is_split(name, leaf.shape, fsdp)
+    )
+    gradients = sum(leaf.size * leaf.dtype.itemsize for leaf in tree.trainable.values())
+    micro_batches = config.batch_size / config.micro_batch_size
+    reduced = 2 * (devices - 1) / devices * micro_batches * gradients
+    return reduced + (fsdp - 1) / fsdp * (micro_batches * layers + gathered_once(leaves, fsdp))
 
 
 def recommend(found: list[Option], gpu: GPU) -> tuple[Option | None, str]:
