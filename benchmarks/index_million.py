@@ -9,6 +9,7 @@ shapes: what a later start costs does not depend on how its index was made.
 
 import argparse
 import json
+import os
 import random
 import subprocess
 import sys
@@ -16,7 +17,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 from PIL import Image
 
 IMAGES, PERIOD = 64, 4096
@@ -57,13 +57,14 @@ def start(path: Path, cache: Path) -> None:
     from mmrstraj_jax.data.tokenizer import Tokenizer
     from mmrstraj_jax.training.run import embedded_weights
 
-    process, begin, said = psutil.Process(), (time.perf_counter(), time.process_time()), []
+    begin, said = (time.perf_counter(), time.process_time()), []
 
     def note(name: str) -> None:
-        memory = process.memory_info()
-        own = memory.rss - memory.shared  # mapped files can be dropped at any time
+        pages = [int(number) for number in Path("/proc/self/statm").read_text().split()[1:3]]
+        resident, shared = (number * os.sysconf("SC_PAGE_SIZE") for number in pages)
+        own = resident - shared  # mapped files can be dropped at any time
         wall, cpu = time.perf_counter() - begin[0], time.process_time() - begin[1]
-        said.append(f"{name} {wall:.2f} s ({cpu:.2f} s CPU), {memory.rss >> 20} MiB ({own >> 20} own)")
+        said.append(f"{name} {wall:.2f} s ({cpu:.2f} s CPU), {resident >> 20} MiB ({own >> 20} own)")
 
     vision = MODEL_PRESETS["tiny"].vision
     policy = AnyResConfig().for_views(vision.image_size, vision.patch_size)

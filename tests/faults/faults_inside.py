@@ -109,3 +109,35 @@ def save_fails() -> None:
         raise OSError(28, "No space left on device")
 
     manifest.write = write
+
+
+def other_code() -> None:
+    """This process runs other sources of the package."""
+    from mmrstraj_jax.training import run
+
+    run.code_fingerprint = lambda: "other"
+
+
+def kill_worker_at(step: str) -> None:
+    """One of the processes that read data is killed."""
+    import multiprocessing
+
+    def kill():
+        workers = [child for child in multiprocessing.active_children() if child.name.startswith("grain-")]
+        workers[0].kill()
+
+    _at_step(int(step), kill)
+
+
+def reading_hangs(row: str) -> None:
+    """A thread that reads data never comes back from this row."""
+    from mmrstraj_jax.data.loader import Loader
+
+    real = Loader._example
+
+    def example(self, number):
+        if number == int(row) and self.trace is not None:
+            time.sleep(600)
+        return real(self, number)
+
+    Loader._example = example

@@ -40,14 +40,14 @@ def test_the_survivor_of_a_kill_names_the_other_process(world, tmp_path):
         assert pair[victim].wait() == -signal.SIGKILL
         begin = time.monotonic()
         line = last_line(pair[1 - victim].ends(69))
-        print(f"{time.monotonic() - begin:.1f} s: {line}")
+        assert time.monotonic() - begin < 30, line  # twice the heartbeat
         assert line.startswith("error: ") and f"process {victim} (" in line
     assert finished_steps(tmp_path / "run" / "checkpoints")
 
 
 @pytest.mark.parametrize("fault, expected", [
     ("sleep_at:3", r"stuck: process 1 \(.*\) for \d+ s in: running step 3; the others wait for it"),
-    ("signal_at:3:SIGSTOP", r"dead or frozen: process 1 \(.*\), last seen in: running step 3"),
+    ("signal_at:3:SIGSTOP", r"dead or frozen: process 1 \(.*\), last seen in: \w+ .*step [23]"),
 ])  # fmt: skip
 def test_a_process_that_hangs_is_named(world, tmp_path, fault, expected):
     """Row 8: asleep in Python, and frozen from outside."""
@@ -66,8 +66,10 @@ def test_a_missing_process_is_named_in_time(world, tmp_path, index):
     """Row 9."""
     place = ["--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", "2", "--process-id", str(index)]
     output = world.start(tmp_path / "run", *place, "--cluster.start-timeout", "6").ends(2)
-    expected = (r"process 0 of 2: process 1 did not come to 127.0.0.1:\d+ within 6 s",
-                r"process 1 of 2: nothing answers at 127.0.0.1:\d+ .*process 0 must run there")  # fmt: skip
+    expected = (
+        r"process 0 of 2: process 1 did not come to 127.0.0.1:\d+ within 6 s",
+        r"process 1 of 2: nothing answers at 127.0.0.1:\d+ .*process 0 must run there",
+    )
     assert re.search("^error: " + expected[index], last_line(output)), output
 
 
@@ -88,11 +90,13 @@ def test_a_port_in_use_and_an_unknown_host_are_errors_at_once(world, tmp_path):
 
 
 def test_processes_that_differ_stop_before_the_first_step(world, tmp_path):
-    """Row 11: another setting, and other data behind the same path."""
+    """Row 11: another setting, other sources of the package, and other data behind the same path."""
     place = ["--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", "2", "--process-id"]
     pair = [world.start(tmp_path / "run", *place, str(at), "--seed", str(5 * at)) for at in range(2)]
     for child in pair:
         assert "process 0 and process 1 do not have the same settings: seed: 0 and 5;" in child.ends(2)
+    for child in world.pair(tmp_path / "run", faults=("none", "other_code")):
+        assert re.search("do not have the same settings: code of mmrstraj_jax: .* and other;", child.ends(2))
     for child in world.pair(tmp_path / "run", faults=("none", "other_data")):
         assert re.search("do not have the same data and weights: data: .* and other;", child.ends(2))
     assert not (tmp_path / "run" / "checkpoints").exists()

@@ -1,6 +1,6 @@
 """One process that is killed, stopped, or whose surroundings break.
 
-Rows 1, 3, 4, 5, 15, 17, 21, 24, 48 and 49.
+Rows 1, 3, 4, 5, 15, 16, 17, 21, 24, 48 and 49.
 """
 
 import random
@@ -66,10 +66,11 @@ def test_sigterm_before_the_first_step_is_honoured_in_time(world, straight, tmp_
     assert "stopped: SIGTERM" in child.ends(75)
 
 
-def test_a_second_signal_ends_at_once_and_harms_nothing(world, halfway):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_at_once_and_harms_nothing(world, halfway, number):
     """Row 5."""
-    child = world.start(halfway, fault="signal_at:5:SIGTERM:2")
-    assert child.wait() in (-signal.SIGTERM, 128 + signal.SIGTERM)
+    child = world.start(halfway, fault=f"signal_at:5:{number.name}:2")
+    assert child.wait() in (-number, 128 + number)
     steps = finished_steps(halfway / "checkpoints")
     assert steps[-1] == 4
     for step in steps:
@@ -86,18 +87,29 @@ def test_a_save_that_fails_ends_the_run_with_an_error(world, halfway):
     assert state_sha256(halfway) == before
 
 
+def test_an_output_folder_that_is_a_file_is_an_error_at_once(world, tmp_path):
+    """Row 16."""
+    (tmp_path / "run").write_text("kept")
+    output = world.start(tmp_path / "run").ends(2)
+    assert output.splitlines()[-1] == f"error: {tmp_path / 'run'}: is a file; name a folder with --run-dir"
+    assert "vision_tower" not in output and (tmp_path / "run").read_text() == "kept"
+
+
 def test_a_second_run_in_the_same_directory_is_refused(world, halfway):
     """Row 48."""
     first = world.start(halfway, fault="sleep_at:5")
     first.wait_for("going on after step 4")
     output = world.start(halfway).ends(2)
+    first.stop()
     assert f"another run (process {first.process.pid} on" in output and output.count("error:") == 1
 
 
 def test_a_clock_that_jumps_and_a_lost_tmp_change_nothing(world, straight, tmp_path):
-    """Rows 24 and 49: the same seed twice, then with the clock set back and temporary files gone."""
+    """Rows 24 and 49: the same seed twice, here with the clock set back, temporary files gone, no cache."""
     (tmp_path / "tmp").mkdir()
     (tmp_path / "file").write_text("")
-    broken = {"TMPDIR": str(tmp_path / "tmp"), "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "file" / "cache")}
-    world.start(tmp_path / "run", fault="clock_and_tmp", **broken).ends(0)
+    nowhere = str(tmp_path / "file" / "cache")  # a folder that cannot be made
+    caches = {"JAX_COMPILATION_CACHE_DIR": nowhere, "MMRSTRAJ_CACHE": nowhere}
+    child = world.start(tmp_path / "run", fault="clock_and_tmp", TMPDIR=str(tmp_path / "tmp"), **caches)
+    assert "cannot be written" in child.ends(0)
     assert facts(tmp_path / "run") == facts(straight)
