@@ -145,7 +145,7 @@ def main(args: list[str]) -> int:
         problems.append(f"clocks: {apart:.3f} s apart, expected {options.max_clock:g} or less; start NTP")
     if jax.process_index() == 0:
         print("\n".join([*lines, files, *(f"FAILED: {problem}" for problem in problems)]), flush=True)
-    return leave(1 if problems else 0)
+    return leave(1 if problems else 0, at_once=place is not None)
 
 
 if __name__ == "__main__":

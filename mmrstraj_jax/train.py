@@ -70,6 +70,7 @@ def train(config: Config, overridden: frozenset[str] = frozenset(), launch: Laun
         FrozenWeightsChanged: a frozen leaf is not what it was; nothing was saved.
         SaveFailed: a checkpoint could not be written; those before it stand.
         LockLost: another run took the directory over; nothing was saved.
+        WorkerFailed: reading a row hung, or killed a data worker; finished checkpoints stand.
     """
     # Here, because --help and --print-config should not wait for JAX.
     import jax
@@ -286,25 +287,32 @@ def main(args: list[str]) -> int:
         print(format_config(config))
         return 0
     environment.check(os.environ, print)
+    from mmrstraj_jax.data.loader import WorkerFailed
     from mmrstraj_jax.training.checkpoint import SaveFailed
     from mmrstraj_jax.training.distributed import find_place, leave
     from mmrstraj_jax.training.lock import LockLost
     from mmrstraj_jax.training.resilience import EXIT_STOPPED, Diverged, Stopped
 
+    several = False
     try:
-        train(config, overridden, Launch(find_place(tuple(place), os.environ), fresh, change))
+        found = find_place(tuple(place), os.environ)
+        several = found is not None
+        train(config, overridden, Launch(found, fresh, change))
     except Stopped as stopped:
         print(f"stopped: {stopped}")
-        return leave(EXIT_STOPPED)
+        return leave(EXIT_STOPPED, several)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return leave(2)
+        return leave(2, several)
+    except WorkerFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return leave(1, at_once=True)  # the interpreter's clean end would wait for a thread that reads a row
     except (Diverged, SaveFailed, LockLost) as error:
         print(f"error: {error}", file=sys.stderr)
-        return leave(1)
+        return leave(1, several)
     except Exception:
         traceback.print_exc()
-        return leave(1)  # not raised: the interpreter's clean end would wait for processes that are gone
+        return leave(1, several)  # not raised: the clean end would wait for processes that are gone
     return 0
 
 

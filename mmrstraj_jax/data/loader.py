@@ -25,7 +25,12 @@ from mmrstraj_jax.errors import UserError
 
 _SLOTS = 4096  # more than batches that can be under way at once
 _START = 120.0  # seconds more that the first batch may take: worker processes import all modules first
+_END = 5.0  # seconds that closing may take after a batch did not come
 Item = tuple[int, Shape, Batch]
+
+
+class WorkerFailed(RuntimeError):
+    """A data worker died, or gave no batch in time; the message names the rows it was reading."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +108,8 @@ class Loader:
         """Batches of steps start .. stop - 1, prepared ahead as `how` says.
 
         Raises:
-          UserError: as __call__, also from a worker. RuntimeError: a worker died, or no batch came within
-          how.timeout seconds; names the row it was reading.
+          UserError: as __call__, also from a worker. WorkerFailed: a worker died, or no batch came within
+          how.timeout seconds.
         """
         with tempfile.TemporaryDirectory(prefix="mmrstraj-loader-") as folder:
             trace = os.path.join(folder, "rows")
@@ -117,7 +122,7 @@ class Loader:
                     except (RuntimeError, TimeoutError) as error:  # RuntimeError: grain's, for a dead worker
                         what = "stopped" if isinstance(error, TimeoutError) else "died"
                         rows = self._under_way(trace, start, due) or self.ids(due)
-                        raise RuntimeError(
+                        raise WorkerFailed(
                             f"a data worker {what} at step {due} or soon after, reading "
                             f"{', '.join(map(str, rows))}: {error}"
                         ) from error
@@ -148,13 +153,20 @@ class Loader:
         every = self.how.workers or 1
         steps = (step for step in range(due, due + _SLOTS) if (step - start) % every == (due - start) % every)
         found = (int(rows[step % _SLOTS]) for step in steps)
-        return [self.index.rows[row].where for row in found if row >= 0]
+        return [self.index.rows[row].where for row in dict.fromkeys(found) if row >= 0]
 
 
 def _start_worker(number: int, count: int) -> None:
     """Ctrl-C is for the training process, which then saves and ends its workers; so is the accelerator."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_follow_parent, name="parent", daemon=True).start()
+
+
+def _follow_parent() -> None:
+    """After kill -9 of the training process nobody else would end this one."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 class _Ahead:
@@ -164,6 +176,7 @@ class _Ahead:
         self._items, self._timeout = items, timeout
         self._ready: queue.Queue = queue.Queue(maxsize=1)
         self._closed = threading.Event()
+        self._late = False
         threading.Thread(target=self._pull, name="loader", daemon=True).start()
 
     def _pull(self) -> None:
@@ -186,6 +199,7 @@ class _Ahead:
         try:
             item, error = self._ready.get(timeout=self._timeout + patience)
         except queue.Empty:
+            self._late = True
             for child in multiprocessing.active_children():
                 if child.name.startswith("grain-"):
                     child.kill()  # closing would wait long for one that hangs
@@ -196,4 +210,11 @@ class _Ahead:
 
     def close(self) -> None:
         self._closed.set()
-        self._items.close()
+        if not self._late:
+            self._items.close()
+            return
+        # grain joins its threads, and one that waits for a row that never ends, or for a worker that left
+        # with exit code 0, does not come back
+        ending = threading.Thread(target=self._items.close, name="loader end", daemon=True)
+        ending.start()
+        ending.join(_END)

@@ -9,7 +9,6 @@ import os
 import re
 import socket
 import sys
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -21,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from mmrstraj_jax.config import ClusterConfig
 from mmrstraj_jax.errors import UserError
+from mmrstraj_jax.training import rendezvous
 from mmrstraj_jax.training.resilience import EXIT_STOPPED, Stopped, StopSignal
 from mmrstraj_jax.training.watchdog import Watchdog
 
@@ -104,64 +104,20 @@ def connect(place: Place, config: ClusterConfig) -> None:
     Raises UserError within about `start_timeout` seconds: a port in use, a host that cannot be reached,
     processes that did not come.
     """
-    who = f"process {place.index} of {place.count}"
-    deadline = time.monotonic() + config.start_timeout
     if place.index == 0:
-        _check_port(place)
+        rendezvous.gather(place.host, place.port, place.count, config.start_timeout)
     else:
-        _reach(place, deadline, who)
+        rendezvous.join(place.host, place.port, place.index, place.count, config.start_timeout)
     # Python handles SIGTERM (resilience.py); the runtime's service would swallow it
     jax.config.update("jax_enable_preemption_service", False)
-    try:
-        jax.distributed.initialize(
-            place.coordinator,
-            place.count,
-            place.index,
-            initialization_timeout=max(1, round(deadline - time.monotonic())),
-            # Ours speaks first, and names the process
-            heartbeat_timeout_seconds=round(2 * config.heartbeat) + 10,
-            shutdown_timeout_seconds=round(config.heartbeat),
-        )
-    except RuntimeError as error:
-        absent = sorted({int(task) for task in re.findall(r"task:(\d+)", str(error))} - {place.index})
-        missing = f"process {', '.join(map(str, absent))}" if absent else "other processes"
-        raise UserError(
-            f"{who}: {missing} did not come to {place.coordinator} within {config.start_timeout:g} s; see "
-            "their logs, and whether all got the same coordinator and number of processes, each an id of its "
-            f"own ({str(error).splitlines()[0][:160]})"
-        ) from error
-
-
-def _check_port(place: Place) -> None:
-    with socket.socket(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", place.port))
-        except OSError as error:
-            raise UserError(
-                f"process 0: port {place.port} of {place.coordinator} cannot be opened ({error.strerror}): "
-                "another run, or one that hangs, holds it; choose another port for all processes"
-            ) from error
-
-
-def _reach(place: Place, deadline: float, who: str) -> None:
-    """Waits until process 0 listens, because the runtime's own error says less."""
-    while True:
-        try:
-            socket.create_connection((place.host, place.port), timeout=5).close()
-            return
-        except socket.gaierror as error:
-            raise UserError(
-                f"{who}: coordinator host {place.host!r} is unknown ({error.strerror}); "
-                "give the host name or address of process 0"
-            ) from error
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"{who}: nothing answers at {place.coordinator} ({error.strerror or error}); process 0 "
-                    "must run there: check host, port, firewall, and the log of process 0"
-                ) from error
-            time.sleep(0.2)
+    jax.distributed.initialize(
+        place.coordinator,
+        place.count,
+        place.index,
+        # Ours speaks first, and names the process
+        heartbeat_timeout_seconds=round(2 * config.heartbeat) + 10,
+        shutdown_timeout_seconds=round(config.heartbeat),
+    )
 
 
 class Processes:
@@ -201,7 +157,8 @@ class Processes:
                 self.watchdog.wait_for_verdict()  # most likely a collective that lost its other half
             code = EXIT_STOPPED if kind is Stopped else 2 if kind is UserError else 1
             what = "" if kind in (UserError, Stopped) else f"{kind.__name__}: "
-            self.watchdog.tell(f"process {self.index} ({socket.gethostname()}): {what}{error}", code)
+            said = " ".join(f"{what}{error}".split())  # the runtime's errors have many lines
+            self.watchdog.tell(f"process {self.index} ({socket.gethostname()}): {said}", code)
         self.watchdog.stop()
         if self._client is not None and together:
             jax.distributed.shutdown()
@@ -285,12 +242,12 @@ class Processes:
         return ask
 
 
-def leave(code: int) -> int:
-    """The exit code of a command; of several processes a failed one goes at once.
+def leave(code: int, at_once: bool) -> int:
+    """The exit code of a command; a failed one goes at once where its clean end could take for ever.
 
-    The runtime's clean end is a meeting of all processes, and the others may never come to it.
+    The runtime's end is a meeting of all processes, and the others may never come to it.
     """
-    if code != 0 and jax.process_count() > 1:
+    if code != 0 and at_once:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
