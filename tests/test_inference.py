@@ -127,6 +127,30 @@ def test_samples_depend_on_seed_and_number_but_not_on_neighbours(model):
     assert sampled([0, 1, 2, 3], dataclasses.replace(options, seed=1)) != found
 
 
+def test_questions_about_one_image_share_its_tower_pass(model, monkeypatch):
+    """Seven prompts about two pictures and a video: the same answers as one by one, from fewer views."""
+    video = [np.full((2, 40, 30, 3), 77, np.uint8)]
+    first, second = picture(0), picture(2)
+    asked = [Request([1, IMAGE, 5 + at], [first]) for at in range(3)]
+    asked += [Request([2, IMAGE, 3 + at], [second]) for at in range(2)]
+    asked += [Request([2, IMAGE, IMAGE, 3], [second, first]), Request([6, VIDEO, 9], videos=video)]
+    options, rows = DecodeOptions(max_new_tokens=6), []
+    singles = [answers(engine(model), [request], options)[0] for request in asked]
+    shared = prompts.share_views
+
+    def watched(*args):
+        inputs = shared(*args)
+        rows.append((len(inputs.views), len(inputs.input_ids)))
+        return inputs
+
+    monkeypatch.setattr(prompts, "share_views", watched)
+    assert answers(engine(model, batch_size=4), asked, options) == singles
+    assert rows == [(2, 4), (4, 4)]  # the second picture has the most views
+    rows.clear()
+    assert answers(engine(model, batch_size=8), asked, options) == singles
+    assert rows == [(4, 8)]
+
+
 def test_few_programs_serve_many_prompts(model):
     programs = decoding._prefill, decoding._decode
     before = [program._cache_size() for program in programs]

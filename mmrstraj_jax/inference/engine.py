@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+import numpy as np
 from jax.sharding import Mesh
 
 from mmrstraj_jax import parallel
@@ -67,7 +68,13 @@ class Engine:
         shapes = [prompts.measure(request, self.config, self.policy) for request in requests]
         for request, shape in zip(requests, shapes, strict=True):
             self._check_budget(request, shape.length, options)
-        order = sorted(range(len(requests)), key=lambda at: (-shapes[at].views, -shapes[at].length, at))
+        first: dict[tuple, int] = {}  # of the prompts about the same media: they stand together
+        media = [first.setdefault(prompts.media_key(request), at) for at, request in enumerate(requests)]
+
+        def place(at: int) -> tuple[int, ...]:
+            return -shapes[at].views, -(-shapes[at].length // LENGTH_MULTIPLE), media[at], at
+
+        order = sorted(range(len(requests)), key=place)
         rows = self.batch_size * self.devices
         batches = [order[at : at + rows] for at in range(0, len(order), rows)]
         with ThreadPoolExecutor(max_workers=1) as reader:
@@ -95,21 +102,25 @@ class Engine:
             )
 
     def _read(self, requests: Sequence[Request], batch: Sequence[int]) -> list[Example]:
-        return [prompts.read(requests[at], self.config, self.policy) for at in batch]
+        known: dict[tuple, np.ndarray] = {}
+        return [prompts.read(requests[at], self.config, self.policy, known) for at in batch]
 
     def _pieces(self, requests, examples, numbers, options: DecodeOptions, **how):
         """Decoder.tokens of a batch, filled up with rows that write nothing."""
         budgets = [request.max_new_tokens or options.max_new_tokens for request in requests]
         share = -(-len(examples) // self.devices)  # rows of a device
         spare = self.devices * min(1 << (share - 1).bit_length(), self.batch_size) - len(examples)
+        # A single call gets its exact views: a tower pass over empty ones would be most of its cost.
+        view_buckets = VIEW_BUCKETS if len(examples) > 1 else ()
+        examples = [*examples, *[None] * spare]
         inputs = prompts.model_batch(
-            [*examples, *[None] * spare],
+            examples,
             self.config,
             self.policy,
             length_multiple=LENGTH_MULTIPLE,
-            # A single call gets its exact views: a tower pass over empty ones would be most of its cost.
-            view_buckets=VIEW_BUCKETS if len(examples) > 1 else (),
+            view_buckets=view_buckets,
         )
+        inputs = prompts.share_views(inputs, examples, self.devices)
         ids = [request.ids for request in requests] + [[]] * spare
         numbers, budgets = [*numbers, *[0] * spare], [*budgets, *[0] * spare]
         return self.decoder.tokens(inputs, ids, options, numbers=numbers, budgets=budgets, **how)

@@ -106,26 +106,43 @@ def measure(request: Request, config: ModelConfig, policy: AnyResConfig) -> Shap
     return row_shape(plans, length, None)
 
 
-def read(request: Request, config: ModelConfig, policy: AnyResConfig) -> Example:
-    """Decodes the images of a prompt into views and expands its slots. Raises UserError as `measure`."""
+def media_key(request: Request) -> tuple:
+    """Equal for prompts about the same files or objects in the same order."""
+
+    def key(item):
+        if isinstance(item, (str, os.PathLike)):
+            return os.fspath(item)
+        return id(item) if isinstance(item, (Image.Image, np.ndarray)) else tuple(map(key, item))
+
+    return tuple(map(key, request.images)), tuple(map(key, request.videos))
+
+
+def read(
+    request: Request, config: ModelConfig, policy: AnyResConfig, known: dict[tuple, np.ndarray] | None = None
+) -> Example:
+    """Decodes the images of a prompt into views and expands its slots. Raises UserError as `measure`.
+
+    Args:
+        known: views by media_key; what is there is not decoded again, what is not is added.
+    """
     ids, slots = _check_ids(request, config), _slots(request, config, policy)
-    views = []
+    known, key = {} if known is None else known, media_key(request)
+    if key not in known:
+        known[key] = _views(slots, policy)
+    plans = tuple(slot.plan for slot in slots)
+    expanded, starts, _ = expand(ids, [slot.position for slot in slots], plans, config.pad_token_id or 0)
+    return Example(id=request.name, input_ids=expanded, views=known[key], plans=plans, starts=starts)
+
+
+def _views(slots: Sequence[_Slot], policy: AnyResConfig) -> UInt8[np.ndarray, "V S S 3"]:
+    views = [np.zeros((0, policy.view_size, policy.view_size, 3), np.uint8)]
     for slot in slots:
         if slot.plan.kind == "video":
             pixels = [images.load(frame) for frame in frames_of(slot.media)]
         else:
             pixels = images.load(slot.media)
         views.append(images.views(pixels, slot.plan, policy.view_size))
-    plans = tuple(slot.plan for slot in slots)
-    expanded, starts, _ = expand(ids, [slot.position for slot in slots], plans, config.pad_token_id or 0)
-    none = np.zeros((0, policy.view_size, policy.view_size, 3), np.uint8)
-    return Example(
-        id=request.name,
-        input_ids=expanded,
-        views=np.concatenate(views) if views else none,
-        plans=plans,
-        starts=starts,
-    )
+    return np.concatenate(views)
 
 
 def model_batch(
@@ -152,3 +169,29 @@ def model_batch(
     buckets = view_buckets if shape.views <= max(view_buckets, default=0) else (shape.views,)
     sizes = Sizes(buckets, length_multiple, max_length=config.text.max_position_embeddings)
     return model_inputs(examples, sizes.round(shape), policy.view_size, config.pad_token_id or 0)
+
+
+def share_views(inputs: Inputs, examples: Sequence[Example | None], devices: int) -> Inputs:
+    """The same inputs with every image once on each device, where that saves tower passes.
+
+    Rows are split evenly over the devices in order; rows whose `views` are one array (`read` with `known`)
+    share them. The number of image rows is that of the batch or a half, quarter ... of it: few programs.
+    """
+    share = len(examples) // devices
+    firsts, pool_row = [], []
+    for device in range(devices):
+        own, found = examples[device * share : (device + 1) * share], {}
+        for at, item in enumerate(own):
+            # A row that only fills the batch up reads no view
+            number = 0 if item is None else found.setdefault(id(item.views), (len(found), at))[0]
+            pool_row.append(number)
+        firsts.append([device * share + at for _, at in found.values()] or [device * share])
+    most = 1 << (max(map(len, firsts)) - 1).bit_length()
+    if most >= share:
+        return inputs
+    order = np.concatenate([first + first[:1] * (most - len(first)) for first in firsts])
+    images = {"views", "view_scale", "canvas_index", "canvas_scale"}
+    kept = {
+        name: value[order] for name, value in inputs._asdict().items() if name in images and value is not None
+    }
+    return inputs._replace(**kept, pool_row=np.asarray(pool_row, np.int32))

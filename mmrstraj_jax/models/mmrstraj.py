@@ -19,7 +19,11 @@ from mmrstraj_jax.models.token_reduction import merge_with_text, visual_pool
 
 
 class Inputs(NamedTuple):
-    """One micro-batch; every shape is fixed by its bucket, everything integer was computed on the host."""
+    """One micro-batch; every shape is fixed by its bucket, everything integer was computed on the host.
+
+    With `pool_row`, views and what describes them have fewer rows than the batch: rows about the same image
+    share them.
+    """
 
     input_ids: Int[Array, "B L"]  # any valid id at visual positions
     views: UInt8[Array, "B V S S 3"]  # raw pixels; zeros where a row has fewer views
@@ -31,6 +35,7 @@ class Inputs(NamedTuple):
     sample_index: Int[Array, " B"] | None = None  # global sample number, for the dropout key
     segment_ids: Int[Array, "B L"] | None = None  # packed rows: which sample a token belongs to, 0: padding
     positions: Int[Array, "B L"] | None = None  # packed rows: restarts from 0 in each segment
+    pool_row: Int[Array, " B"] | None = None  # inference: which row of `views` each row reads; None: its own
 
 
 class MMRSTraj(nnx.Module):
@@ -68,7 +73,10 @@ class MMRSTraj(nnx.Module):
     def embed(self, inputs: Inputs, key: Key[Array, ""] | None = None, **how) -> Float[Array, "B L H"]:
         """Text embeddings with every image slot filled from the row's visual pool."""
         text = self.language_model.embed(inputs.input_ids)
-        return merge_with_text(text, self.visual_pool(inputs, key, **how), inputs.visual_index)
+        pool = self.visual_pool(inputs, key, **how)
+        if inputs.pool_row is not None:
+            pool = pool[inputs.pool_row]
+        return merge_with_text(text, pool, inputs.visual_index)
 
     def hidden_states(
         self, inputs: Inputs, key: Key[Array, ""] | None = None, **how
