@@ -11,7 +11,7 @@ from mmrstraj_jax.data import anyres, chat
 from mmrstraj_jax.data.tokenizer import Tokenizer
 from mmrstraj_jax.models.mmrstraj import Inputs, init_model
 from mmrstraj_jax.synthcity.sample import samples
-from mmrstraj_jax.training import dense, muon, run, shared_prefix, tiny_base, tiny_data
+from mmrstraj_jax.training import dense, muon, pointing, run, shared_prefix, tiny_base, tiny_data, tiny_text
 from mmrstraj_jax.training.shared_prefix import Prefix, pack, segment
 
 POLICY = AnyResConfig().for_views(112, 14)
@@ -32,7 +32,8 @@ def test_packed_questions_are_single_turn_questions(tokenizer):
     packed = segments.at((None,))
     features = model.encode_views(pixels[0])[None]
     pool = shared_prefix.image_tokens(model, features, plan.view_scale)
-    _, hidden = shared_prefix.hidden_states(model, pool, prefix, [packed.ids])
+    (_, hidden), looks = shared_prefix.hidden_states(model, pool, prefix, [packed.ids], packed.positions)
+    assert looks.shape == (3, 1, 2, 6, 3, len(prefix.ids)) and 0 < looks.sum(-1).max() < 1
     for number, turn in enumerate(TURNS):
         encoded = chat.encode_spans(shared_prefix.conversation([turn], image=True), tokenizer)
         slot = int(np.flatnonzero(encoded.ids == tokenizer.image_id)[0])
@@ -48,6 +49,43 @@ def test_packed_questions_are_single_turn_questions(tokenizer):
         np.testing.assert_allclose(hidden[0, number, at], alone[0, start + at], rtol=1e-4, atol=1e-4)
         targets = segments.targets[number][segments.weights[number]]
         assert tokenizer.decode(targets.tolist()[:-1]) == turn[1]
+
+
+@pytest.mark.parametrize("size", [(224, 224), (336, 224), (112, 112)])
+def test_pointing_is_at_rest_where_attention_is_on_the_thing(tokenizer, size):
+    """Base and crop tokens over a place share the attention of two things; anything else costs."""
+    plan = anyres.plan(*size, POLICY)
+    tokens = pointing.TokenPlaces.of(plan, len(Prefix.of(plan, tokenizer).ids))
+    image = tokens.reach[:, 0] > 0
+    newlines = plan.map_height
+    assert image.sum() == plan.num_tokens - newlines and not image[-1] and tokens.is_crop[-1]
+    for kind in (tokens.is_crop, ~tokens.is_crop):
+        np.testing.assert_allclose(tokens.center[image & kind].mean(0), 0.5, atol=1e-6)
+    place, other = (0.31, 0.68), (0.9, 0.1)
+    places = pointing.pack_places([[[place]], [[place], [other]], [], [[place] * 9]])[None].astype(np.float32)
+    weights = jnp.zeros((1, 4, 3), bool).at[:, :, :2].set(True)  # one token and the end
+
+    def nearest(point, crop):
+        distance = np.abs(tokens.center - point).max(-1) + 9.0 * (~image | (tokens.is_crop != crop))
+        return int(distance.argmin())
+
+    looks = np.zeros((1, 4, 3, 3, len(image)), np.float32)
+    for question in range(4):
+        for head, point, crop in ((0, place, False), (1, place, True), (2, other, False)):
+            looks[0, question, :, head, nearest(point, crop)] = 1.0
+    loss = pointing.pointing_loss(looks, places, weights, tokens)
+    np.testing.assert_allclose(loss, 0.0, atol=1e-3)
+    looks[0, 1, 0, 2] = 0.0  # the second thing of the second question is overlooked
+    assert pointing.pointing_loss(looks, places, weights, tokens) > 1.0
+    looks[0, 1, 0, 2, nearest(other, False)] = 1.0
+    looks[0, :, 1:] = 0.0  # where the end is predicted, and where nothing is, is nobody's business
+    looks[0, 2:] = 0.0
+    np.testing.assert_allclose(pointing.pointing_loss(looks, places, weights, tokens), 0.0, atol=1e-3)
+
+
+def test_short_questions_state_their_facts(tokenizer):
+    short = tiny_text.stated_rows(tokenizer)
+    assert len(short.ids) > 0.85 * tiny_text.STATED_ROWS and short.weights.any(-1).all()
 
 
 def test_segments_that_do_not_fit_weigh_nothing(tokenizer):

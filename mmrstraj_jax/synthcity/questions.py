@@ -23,6 +23,12 @@ class Question(NamedTuple):
     answer: str
     group: str  # answers of one group are kept in balance
     facts: dict  # what the answer rests on, for the evaluation row's "truth"
+    # Where to look for the answer: the places (u, v) of each thing that the question names. Training only.
+    places: tuple[tuple[tuple[float, float], ...], ...] = ()
+
+
+def places_of(*groups: list[Item]) -> tuple[tuple[tuple[float, float], ...], ...]:
+    return tuple(tuple((item.u, item.v) for item in items) for items in groups)
 
 
 class Balancer:
@@ -116,7 +122,9 @@ def presence(t: Truth, s: Stream) -> Iterator[Question]:
                     (f"Is there {a(kind)} in the image?", f"Does this image contain {plural(kind)}?",
                      f"Are there any {plural(kind)} in the image?")
                 )  # fmt: skip
-            yield Question("presence", text, "yes" if answer else "no", f"presence:{kind}", {"kind": kind})
+            where = places_of(t.inside(kind)) if answer else ()
+            facts = {"kind": kind}
+            yield Question("presence", text, "yes" if answer else "no", f"presence:{kind}", facts, where)
 
 
 def quantity(t: Truth, s: Stream) -> Iterator[Question]:
@@ -142,14 +150,15 @@ def color(t: Truth, s: Stream) -> Iterator[Question]:
         if len(items) == 1 and items[0].status == "inside":
             name = f"the roof of the {bare(kind)}" if roof else f"the {bare(kind)}"
             text = s.choice((f"What color is {name}?", f"What is the color of {name}?"))
-            yield Question("color", text, items[0].color, f"color:{kind}", facts)
+            yield Question("color", text, items[0].color, f"color:{kind}", facts, places_of(items))
             continue
         # One of several, told apart by its cell: nothing else of the kind may touch that cell.
         for item in items:
             if item.cell and [i.cell or near_cell(i, item.cell) for i in items].count(item.cell) == 1:
                 what = f"the roof of the {bare(kind)}" if roof else f"the {bare(kind)}"
                 text = f"What color is {what} in the {item.cell} part of the image?"
-                yield Question("color", text, item.color, f"color:{kind}", {**facts, "cell": item.cell})
+                facts_here = {**facts, "cell": item.cell}
+                yield Question("color", text, item.color, f"color:{kind}", facts_here, places_of([item]))
     roofs = [i for i in t.items if i.kind in BUILDINGS and i.status != "sliver"]
     if len(roofs) >= 3:
         best, number = Counter(i.color for i in roofs).most_common(1)[0]
@@ -173,9 +182,8 @@ def ab_position(t: Truth, s: Stream) -> Iterator[Question]:
                 (f"Where is the {name} in the image?", f"In which part of the image is the {name}?",
                  f"What is the position of the {name}?")
             )  # fmt: skip
-            yield Question(
-                "ab_position", text, item.cell, "ab_position", {"kind": item.kind, "u": item.u, "v": item.v}
-            )
+            facts = {"kind": item.kind, "u": item.u, "v": item.v}
+            yield Question("ab_position", text, item.cell, "ab_position", facts, places_of([item]))
 
 
 def side_of(one: Item, other: Item) -> str | None:
@@ -204,7 +212,7 @@ def re_position(t: Truth, s: Stream) -> Iterator[Question]:
                     f"What is the position of the {one} relative to the {two}?",
                 )
             )
-            yield Question("re_position", text, side, "re_position", facts)
+            yield Question("re_position", text, side, "re_position", facts, places_of([first], [second]))
 
 
 def area_comp(t: Truth, s: Stream) -> Iterator[Question]:
@@ -303,7 +311,8 @@ def drills(t: Truth, s: Stream) -> Iterator[Question]:
         if abs(gap) > 0.1:
             true = gap > 0 if axis in ("right of", "below") else gap < 0
             text = f"Is the {one} {'to the ' if 'of' in axis else ''}{axis} the {two}?"
-            yield Question("cell", text, "yes" if true else "no", "even:relation", {})
+            answer = "yes" if true else "no"
+            yield Question("cell", text, answer, "even:relation", {}, places_of([first], [second]))
     for kind in ("car", "house", "pool", "tank", "ship", "tree", "building"):
         items = [i for i in t.items if (i.kind in BUILDINGS if kind == "building" else i.kind == kind)]
         if not items:
@@ -318,7 +327,8 @@ def drills(t: Truth, s: Stream) -> Iterator[Question]:
         where = f"in the {cell} part of the image"
         if sure or not unsure:
             text = f"Is there {a(kind)} {where}?"
-            yield Question("cell", text, "yes" if sure else "no", f"cell:{kind}", {})
+            there = places_of([i for i in items if i.cell == cell])
+            yield Question("cell", text, "yes" if sure else "no", f"cell:{kind}", {}, there if sure else ())
         if not unsure and sure <= 5 and s.chance(0.5):
             yield Question(
                 "cell", f"How many {plural(kind)} are {where}?", str(sure), f"cellcount:{kind}", {}
@@ -333,7 +343,8 @@ def drills(t: Truth, s: Stream) -> Iterator[Question]:
                 yield Question("cell", text, str(number), f"half:{kind}", {})
         if 2 <= len(items) <= 4 and all(i.cell for i in items):
             cells = sorted({i.cell for i in items}, key=CELL_NAMES.index)
-            yield Question("cell", f"Where are the {plural(kind)}?", ", ".join(cells), f"list:{kind}", {})
+            text = f"Where are the {plural(kind)}?"
+            yield Question("cell", text, ", ".join(cells), f"list:{kind}", {}, places_of(items))
 
 
 GENERAL = (

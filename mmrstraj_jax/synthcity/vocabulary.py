@@ -38,6 +38,19 @@ def text_row(s: Stream) -> list[tuple[str, str]]:
     return [(f"{stated}\n{first}", answer), *rest]
 
 
+def stated_question(s: Stream) -> tuple[str, str]:
+    """One question, and its answer, on facts that it states itself: mostly numbers, else bare words."""
+    while True:
+        facts, stated = _numbers(s), ""
+        if s.chance(0.3):
+            facts = _made_up(s)
+            stated = f"{_tags(facts, s)}\n"
+        found = list(questions(facts, s))
+        if found:
+            chosen = s.choice(found)
+            return stated + chosen.question, chosen.answer
+
+
 def _made_up(s: Stream) -> dict:
     """Facts as `traffic.facts_of` gives them, some left out."""
     vehicles = s.choice((s.integer(0, 3), s.integer(4, 9), s.integer(10, 12)))

@@ -6,31 +6,19 @@ together predict the counts and the facts of the whole image. All read-outs are 
 Legend: B images, V views an image, S view side, T patches a view, C classes, K kinds of counts, F facts.
 """
 
-from typing import NamedTuple
-
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float
 
 from mmrstraj_jax.models.layers import Linear
-from mmrstraj_jax.models.siglip import SiglipVisionTower
 from mmrstraj_jax.synthcity.canvas import CLASSES
-from mmrstraj_jax.training.tiny_data import COUNTS, FACTS, OBJECTS
+from mmrstraj_jax.training.tiny_data import COUNTS, FACTS, OBJECTS, DenseLabels
 
 MAX_COUNT = 10  # this many or more is one class
 WEIGHTS = {"classes": 1.0, "counts": 1.0, "position": 0.2, "view": 4.0, "image": 4.0, "facts": 0.3}
 _cross_entropy = optax.softmax_cross_entropy_with_integer_labels
-
-
-class DenseBatch(NamedTuple):
-    """Images of one size with their labels."""
-
-    views: UInt8[np.ndarray, "B V S S 3"]
-    shares: Float[np.ndarray, "B V T C"]  # share of each patch's pixels by class; rows sum to 1
-    counts: Float[np.ndarray, "B V T K"]  # in each patch, by tiny_data.COUNTS
-    facts: Int[np.ndarray, "B F"]  # of tiny_data.FACTS; -1 where nothing is clear
 
 
 class Heads(nnx.Module):
@@ -59,13 +47,23 @@ def pooling_weights(side: int, reduced_side: int) -> Float[np.ndarray, " T"]:
 
 
 def dense_losses(
-    tower: SiglipVisionTower, heads: Heads, batch: DenseBatch, pooling: Float[np.ndarray, " T"]
+    features: Float[Array, "B V T D"],
+    heads: Heads,
+    labels: DenseLabels,
+    side: int,
+    reduced_side: int,
 ) -> dict[str, Float[Array, ""]]:
-    """Losses by name, to be weighted by WEIGHTS: nats each, `counts` a Poisson loss up to a constant."""
-    rows, views = batch.views.shape[:2]
-    features = tower(batch.views.reshape(rows * views, *batch.views.shape[2:]))
-    shares, counts = (x.reshape(rows * views, *x.shape[2:]) for x in (batch.shares, batch.counts))
-    row, column = np.divmod(np.arange(features.shape[1]), tower.config.grid_side)
+    """Losses by name, to be weighted by WEIGHTS: nats each, `counts` a Poisson loss up to a constant.
+
+    Args:
+        side, reduced_side: patches per side of a view, and what AnyRes will reduce them to.
+    """
+    rows, views = features.shape[:2]
+    features, shares, counts = (
+        x.reshape(rows * views, *x.shape[2:]) for x in (features, labels.shares, labels.counts)
+    )
+    row, column = np.divmod(np.arange(side**2), side)
+    pooling = pooling_weights(side, reduced_side)
     log_rate = heads.counts(features)
     pooled = jnp.einsum("ntd,t->nd", features, pooling)
     number = jnp.minimum(counts[..., : len(OBJECTS)].sum(1) + 0.5, MAX_COUNT).astype(jnp.int32)
@@ -84,7 +82,7 @@ def dense_losses(
         "image": _cross_entropy(heads.image(both).reshape(*whole.shape, -1), whole).mean(),
         "facts": sum(
             jnp.where(target >= 0, _cross_entropy(logits, jnp.maximum(target, 0)), 0.0).mean()
-            for logits, target in zip(facts, batch.facts.T, strict=True)
+            for logits, target in zip(facts, labels.facts.T, strict=True)
         ),
     }
 

@@ -101,9 +101,15 @@ def image_tokens(
 
 
 def hidden_states(
-    model: MMRSTraj, pool: Float[Array, "B S H"], prefix: Prefix, parts: Sequence[Int[Array, "B Q L"]]
-) -> list[Float[Array, "B Q L H"]]:
-    """Normed hidden states of the prefix ([B, 1, P, H]) and of each part's segments."""
+    model: MMRSTraj,
+    pool: Float[Array, "B S H"],
+    prefix: Prefix,
+    parts: Sequence[Int[Array, "B Q L"]],
+    looking: Int[Array, "B Q K"],
+) -> tuple[list[Float[Array, "B Q L H"]], Float[Array, "N B Q K heads P"]]:
+    """Normed hidden states of the prefix ([B, 1, P, H]) and of each part's segments; and the attention that
+    the first part's positions `looking` pay to each prefix token in each of the N layers.
+    """
     llm, rows = model.language_model, pool.shape[0]
     index = jnp.broadcast_to(prefix.visual_index, (rows, len(prefix.ids)))
     text = jnp.broadcast_to(llm.embed(prefix.ids), (rows, len(prefix.ids), pool.shape[-1]))
@@ -124,36 +130,51 @@ def hidden_states(
         groups_of_heads = q.shape[2] // k.shape[2]
         k, v = (jnp.repeat(t, groups_of_heads, axis=2) for t in (k, v))
         q, k, v = (jnp.split(t, ends[:-1], axis=1) for t in (q * q.shape[-1] ** -0.5, k, v))
-        mixed = [_attend(q[0], k[0], v[0], groups[0])]
-        mixed += [
-            _attend(*part, group, k[0], v[0])
-            for *part, group in zip(q[1:], k[1:], v[1:], groups[1:], strict=True)
-        ]
-        return jnp.concatenate(mixed, axis=1)
+        mixed = [_attend(q[0], k[0], v[0], groups[0])[0]]
+        paid = None
+        for *part, group in zip(q[1:], k[1:], v[1:], groups[1:], strict=True):
+            out, on_prefix = _attend(*part, group, k[0], v[0])
+            mixed.append(out)
+            paid = on_prefix if paid is None else paid
+        return jnp.concatenate(mixed, axis=1), paid
 
     rope = llm._rope(x, jnp.asarray(at))
-    x, _ = scan_layers(
-        lambda layer, x, _: (layer(x, attend, rope), None), llm.layers, x, last=llm.config.num_hidden_layers
-    )
+
+    def body(layer, x, _):
+        kept = []
+
+        def attend_and_keep(q, k, v):
+            out, paid = attend(q, k, v)
+            kept.append(jnp.take_along_axis(paid, looking[:, None, :, :, None], axis=3))
+            return out
+
+        return layer(x, attend_and_keep, rope), jnp.moveaxis(kept[0], 1, 3)
+
+    x, looks = scan_layers(body, llm.layers, x, last=llm.config.num_hidden_layers)
     parts = jnp.split(llm.norm(x), ends[:-1], axis=1)
-    return [part.reshape(rows, *group, -1) for part, group in zip(parts, groups, strict=True)]
+    return [part.reshape(rows, *group, -1) for part, group in zip(parts, groups, strict=True)], looks
 
 
-def _attend(q, k, v, group: tuple[int, int], prefix_k=None, prefix_v=None) -> Float[Array, "B Q*L heads D"]:
-    """Causal attention within each segment and, if given, to the whole prefix: one softmax over both."""
+def _attend(q, k, v, group: tuple[int, int], prefix_k=None, prefix_v=None) -> tuple[Array, Array | None]:
+    """Causal attention within each segment and, if given, to the whole prefix: one softmax over both.
+
+    Returns:
+        [B, Q*L, heads, D], and what each token pays to the prefix, [B, heads, Q, L, P].
+    """
     rows, _, heads, dim = q.shape
     own = [t.reshape(rows, *group, heads, dim) for t in (q, k, v)]
     scores = jnp.einsum("bqihd,bqjhd->bhqij", own[0], own[1])
     scores = jnp.where(np.tri(group[1], dtype=bool), scores, -1e30)
     if prefix_k is None:
-        return jnp.einsum("bhqij,bqjhd->bqihd", jax.nn.softmax(scores), own[2]).reshape(q.shape)
+        return jnp.einsum("bhqij,bqjhd->bqihd", jax.nn.softmax(scores), own[2]).reshape(q.shape), None
     before = jnp.einsum("bihd,bjhd->bhij", q, prefix_k).reshape(*scores.shape[:4], -1)
     top = lax.stop_gradient(jnp.maximum(scores.max(-1), before.max(-1)))[..., None]
     inside, before = jnp.exp(scores - top), jnp.exp(before - top)
-    total = (inside.sum(-1) + before.sum(-1)).reshape(rows, heads, -1)
+    total = inside.sum(-1) + before.sum(-1)
     mixed = jnp.einsum("bhij,bjhd->bihd", before.reshape(rows, heads, q.shape[1], -1), prefix_v)
     mixed += jnp.einsum("bhqij,bqjhd->bqihd", inside, own[2]).reshape(q.shape)
-    return mixed / jnp.moveaxis(total, 1, 2)[..., None]
+    mixed /= jnp.moveaxis(total.reshape(rows, heads, -1), 1, 2)[..., None]
+    return mixed, before / total[..., None]
 
 
 def score(

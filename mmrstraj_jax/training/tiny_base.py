@@ -31,14 +31,35 @@ from mmrstraj_jax.models.lora import train_in_full
 from mmrstraj_jax.models.mmrstraj import MMRSTraj, init_model
 from mmrstraj_jax.synthcity.tokenizer import train_tokenizer
 from mmrstraj_jax.training import shared_prefix, state, tiny_data
-from mmrstraj_jax.training.dense import DenseBatch, Heads, dense_losses, pooling_weights, total
+from mmrstraj_jax.training.dense import Heads, dense_losses, total
 from mmrstraj_jax.training.muon import Muon, Tree
+from mmrstraj_jax.training.pointing import TokenPlaces, pointing_loss
 from mmrstraj_jax.training.shared_prefix import Segments
-from mmrstraj_jax.training.tiny_text import GroupText, text_rows
+from mmrstraj_jax.training.tiny_text import GroupText, stated_rows, text_rows
 from mmrstraj_jax.weights import native
 
 QUESTIONS = 16  # an image, of those it has, drawn anew at every visit
 TEXT_ROWS = 2  # a step
+LOOKING_LAYER = 1  # whose attention is taught where to look
+DENSE = 0.1  # weight of the tower's dense losses where it learns on
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """One of the language phases, in order; the tower is frozen in the first."""
+
+    steps: int
+    joint: bool
+    rate: float  # of the config's learning rates
+    pointing: float  # weight of pointing_loss
+    stated_rows: int = 0  # a step: short text-only questions that state their facts
+
+
+PHASES = {
+    "frozen": Phase(1200, False, 1.0, 0.2),
+    "joint": Phase(1700, True, 0.5, 0.5),
+    "reading": Phase(800, True, 0.4, 0.15, 16),
+}
 TOWER_BATCH = 8  # images of a step of the dense phase, of 2 to 7 views each
 SAVE_EVERY, REPORT_EVERY = 250, 50
 # Two devices of one thread each: at these sizes threads inside an operation wait for each other more than
@@ -87,7 +108,8 @@ def fit(
         *carried, metrics = step_fn(
             *carried, frozen, group, parallel.shard_batch(batch, optimizer.mesh, batch_axis=0)
         )
-        seen.append(metrics)
+        # One step at a time: two in flight can wait for each other's devices without end
+        seen.append(jax.block_until_ready(metrics))
         if (step + 1) % REPORT_EVERY == 0:
             means = {name: np.mean([float(metrics[name]) for metrics in seen]) for name in seen[0]}
             pace = (step + 1 - start) / (time.monotonic() - began)
@@ -129,47 +151,58 @@ class Workshop:
     def draws(self, batch_size: int, steps: int, seed: int) -> list[tuple[int, np.ndarray]]:
         return list(tiny_data.draws(self.groups, batch_size, steps, seed))
 
-    def tower(self, model: MMRSTraj, steps: int) -> None:
-        """Dense pre-training, in place."""
+    def tower(self, model: MMRSTraj, steps: int) -> Heads:
+        """Dense pre-training of the tower in place; the read-outs that learned with it."""
         vision = model.vision_tower.config
         heads = Heads(vision.output_size, vision.grid_side, rngs=nnx.Rngs(params=jax.random.key(1)))
         both = nnx.Dict(vision_tower=model.vision_tower, heads=heads)
         graphdef, _, weights = state.split(both)
 
-        def loss(weights: Tree, frozen: Tree, group: int, batch: DenseBatch):
+        def loss(weights: Tree, frozen: Tree, group: int, batch: tuple):
             both = state.merge(graphdef, weights, frozen)
-            pooling = pooling_weights(vision.grid_side, self.groups[group].plan.reduced_side)
-            losses = dense_losses(both.vision_tower, both.heads, batch, pooling)
+            views, labels = batch
+            features = both.vision_tower(views.reshape(-1, *views.shape[2:]))
+            features = features.reshape(*views.shape[:2], *features.shape[1:])
+            reduced_side = self.groups[group].plan.reduced_side
+            losses = dense_losses(features, both.heads, labels, vision.grid_side, reduced_side)
             return total(losses), losses
 
         plan = self.draws(TOWER_BATCH, steps, 0)
 
         def batches(step: int):
             group, rows = plan[step]
-            found = self.groups[group]
-            labels = (x[rows].astype(np.float32) for x in (found.shares, found.counts))
-            return group, DenseBatch(found.views[rows], *labels, found.facts[rows])
+            return group, (self.groups[group].views[rows], self.groups[group].labels(rows))
 
         optimizer = Muon(self.mesh, steps, matrix_lr=2e-3, adam_lr=1e-3)
         weights = fit(self.work / "tower.npz", loss, weights, {}, optimizer, steps, batches)
-        model.vision_tower = state.merge(graphdef, weights, {}).vision_tower
+        both = state.merge(graphdef, weights, {})
+        model.vision_tower = both.vision_tower
+        return both.heads
 
-    def language(self, model: MMRSTraj, name: str, steps: int, joint: bool) -> MMRSTraj:
-        """Projector and language model on the tower as it is, or with `joint` everything."""
+    def language(self, model: MMRSTraj, name: str, phase: Phase, heads: Heads) -> MMRSTraj:
+        """Projector and language model on the tower as it is, or everything: then `heads`, the tower's
+        read-outs, stay as they are and keep it saying what they read."""
         optim = self.config.optim
-        train_in_full(model, [part for part in TRAINABLE_PARTS if joint or part != "vision_tower"])
+        train_in_full(model, [part for part in TRAINABLE_PARTS if phase.joint or part != "vision_tower"])
         graphdef, trainable, frozen = state.split(model)
         texts = [GroupText.of(group, self.tokenizer) for group in self.groups]
-        plain = text_rows(self.tokenizer)
+        plain, stated = text_rows(self.tokenizer), stated_rows(self.tokenizer)
+        tokens = [
+            TokenPlaces.of(group.plan, len(text.prefix.ids))
+            for group, text in zip(self.groups, texts, strict=True)
+        ]
 
         def loss(trainable: Tree, frozen: Tree, group: int, batch):
             model = state.merge(graphdef, trainable, frozen)
-            views, questions, talk, text = batch
+            views, labels, questions, places, talk, text, short = batch
             seen = model.encode_views(views.reshape(-1, *views.shape[2:]))
             seen = seen.reshape(*views.shape[:2], *seen.shape[1:])
             pool = shared_prefix.image_tokens(model, seen, self.groups[group].plan.view_scale)
-            prefix, asked, told = shared_prefix.hidden_states(
-                model, pool, texts[group].prefix, [questions.ids, talk.ids]
+            (prefix, asked, told), looks = shared_prefix.hidden_states(
+                model, pool, texts[group].prefix, [questions.ids, talk.ids], questions.positions
+            )
+            pointing = pointing_loss(
+                looks[LOOKING_LAYER], places, questions.weights.astype(bool), tokens[group]
             )
             ahead = model.logits(prefix[:, 0, -2])  # what follows the image is a newline
             newline = (jax.nn.logsumexp(ahead, axis=-1) - ahead[:, self.tokenizer.newline_id]).mean()
@@ -178,26 +211,43 @@ class Workshop:
             read = model.language_model(model.language_model.embed(text.ids))
             text_loss, _ = shared_prefix.score(model, read[:, None], Segments(*(x[:, None] for x in text)))
             real = questions.weights.any(-1)
-            metrics = {"answers": answer_loss, "talk": talk_loss, "text": text_loss}
+            metrics = {"answers": answer_loss, "talk": talk_loss, "text": text_loss, "pointing": pointing}
             metrics["right"] = (correct & real).sum() / real.sum()
-            return answer_loss + 0.5 * talk_loss + 0.3 * text_loss + 0.02 * newline, metrics
+            loss = answer_loss + 0.5 * talk_loss + 0.3 * text_loss + 0.02 * newline
+            loss += phase.pointing * pointing
+            if phase.stated_rows:
+                read = model.language_model(model.language_model.embed(short.ids))
+                short_loss, found = shared_prefix.score(
+                    model, read[:, None], Segments(*(x[:, None] for x in short))
+                )
+                metrics |= {"stated": short_loss, "found": found.mean()}
+                loss += 0.3 * short_loss
+            if phase.joint:
+                plan = self.groups[group].plan
+                metrics["dense"] = total(dense_losses(seen, heads, labels, plan.side, plan.reduced_side))
+                loss += DENSE * metrics["dense"]
+            return loss, metrics
 
-        seed = 2 if joint else 1
-        plan = self.draws(self.config.batch_size, steps, seed)
+        seed = 1 + list(PHASES).index(name)
+        plan = self.draws(self.config.batch_size, phase.steps, seed)
 
         def batches(step: int):
             group, rows = plan[step]
             rng = np.random.default_rng((seed, step))
             text = plain.at(rng.integers(0, len(plain.ids), TEXT_ROWS))
-            return group, (self.groups[group].views[rows], *texts[group].draw(rows, QUESTIONS, rng), text)
+            short = stated.at(rng.integers(0, len(stated.ids), phase.stated_rows))
+            found, asked = self.groups[group], texts[group].draw(rows, QUESTIONS, rng)
+            return group, (found.views[rows], found.labels(rows), *asked, text, short)
 
-        scale = 0.5 if joint else 1.0
         optimizer = Muon(
-            self.mesh, steps, matrix_lr=scale * optim.other_lr * 2, adam_lr=scale * optim.other_lr,
+            self.mesh, phase.steps,
+            matrix_lr=phase.rate * optim.other_lr * 2, adam_lr=phase.rate * optim.other_lr,
             factors={"vision_tower": optim.tower_lr / optim.other_lr},
         )  # fmt: skip
         path = self.work / f"{name}.npz"
-        return state.merge(graphdef, fit(path, loss, trainable, frozen, optimizer, steps, batches), frozen)
+        return state.merge(
+            graphdef, fit(path, loss, trainable, frozen, optimizer, phase.steps, batches), frozen
+        )
 
     def evaluate(self, model: MMRSTraj, held_out: list[tiny_data.Group]) -> dict[str, float]:
         """Share of held-out answers that are right, by question type, by greedy exact match; and the same of
@@ -216,7 +266,9 @@ class Workshop:
             def correct(weights, seen, questions, text=text, group=group):
                 model = nnx.merge(graphdef, weights)
                 pool = shared_prefix.image_tokens(model, seen.astype(jnp.float32), group.plan.view_scale)
-                _, hidden = shared_prefix.hidden_states(model, pool, text.prefix, [questions.ids])
+                (_, hidden), _ = shared_prefix.hidden_states(
+                    model, pool, text.prefix, [questions.ids], questions.positions
+                )
                 return shared_prefix.score(model, hidden, questions)[1]
 
             for row in range(len(group.views)):
@@ -259,8 +311,7 @@ def main(args: list[str]) -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/tiny_base"), help="data and phases")
     parser.add_argument("--images", type=int, default=13200)
     parser.add_argument("--tower-steps", type=int, default=2300)
-    parser.add_argument("--frozen-steps", type=int, default=1200)
-    parser.add_argument("--steps", type=int, help="of the last phase; default: those of the config")
+    parser.add_argument("--steps", type=int, help="of each language phase; default: those of PHASES")
     options = parser.parse_args(args)
     if options.out.exists():
         raise UserError(f"--out {options.out}: exists; remove it or name another folder")
@@ -277,9 +328,10 @@ def main(args: list[str]) -> None:
     tokenizer = Tokenizer((work / "tokenizer.json").read_text())
     workshop = Workshop(config, work, parallel.make_mesh(), groups, tokenizer)
     model = init_model(MODEL_PRESETS["tiny"], jax.random.key(config.seed))
-    workshop.tower(model, options.tower_steps)
-    model = workshop.language(model, "frozen", options.frozen_steps, joint=False)
-    model = workshop.language(model, "joint", options.steps or config.steps, joint=True)
+    heads = workshop.tower(model, options.tower_steps)
+    for name, phase in PHASES.items():
+        phase = dataclasses.replace(phase, steps=options.steps or phase.steps)
+        model = workshop.language(model, name, phase, heads)
     native.save(
         model, MODEL_PRESETS["tiny"], config.anyres, options.out, dtype=jnp.bfloat16, tokenizer_dir=work
     )

@@ -11,6 +11,7 @@ import multiprocessing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from einops import rearrange
@@ -68,6 +69,14 @@ QUESTIONS = {True: 20, False: 12}  # an image, with and without drills
 _ROAD_STEP = 1.0  # metres between the points that a road is measured by
 
 
+class DenseLabels(NamedTuple):
+    """Of B images of one size."""
+
+    shares: Float[np.ndarray, "B V T C"]  # of each patch's pixels by class; rows sum to 1
+    counts: Float[np.ndarray, "B V T K"]  # in each patch, by COUNTS
+    facts: Int[np.ndarray, "B F"]  # of FACTS; -1 where nothing is clear
+
+
 @dataclass
 class Group:
     """Images of one size; all arrays are in step."""
@@ -78,6 +87,11 @@ class Group:
     counts: Float[np.ndarray, "N V T K"]
     facts: Int[np.ndarray, "N F"]  # index of the value, -1 where nothing is clear
     texts: list[list[tuple[str, str, str]]]  # (type, question, answer) of each image, the caption last
+    places: list[list[list]]  # of the same questions: Question.places
+
+    def labels(self, rows: Int[np.ndarray, " B"]) -> DenseLabels:
+        shares, counts = (x[rows].astype(np.float32) for x in (self.shares, self.counts))
+        return DenseLabels(shares, counts, self.facts[rows])
 
 
 def grid_labels(
@@ -139,15 +153,17 @@ def _shard(split: str, seed: int, number: int, policy: AnyResConfig, drilled: bo
         ]
         asked = general_questions(sample.truth, stream, balancer, QUESTIONS[drilled], with_drills=drilled)
         texts = [(q.type, q.question, q.answer) for q in asked]
+        places = [[[(round(u, 3), round(v, 3)) for u, v in group] for group in q.places] for q in asked]
         texts.append(("caption", stream.choice(captions.PROMPTS), captions.caption(sample.truth, stream)))
         row = (
             images.views(picture, plan, policy.view_size),
             *_view_labels(sample, plan),
             facts,
             json.dumps(texts),
+            json.dumps(places),
         )
         found.setdefault("{}x{}".format(*picture.size), []).append(row)
-    names = ("views", "shares", "counts", "facts", "texts")
+    names = ("views", "shares", "counts", "facts", "texts", "places")
     return {
         f"{size}/{name}": np.stack(column)
         for size, rows in found.items()
@@ -185,9 +201,10 @@ def render(
     for size in sorted(parts):
         joined = {name: np.concatenate([part[name] for part in parts[size]]) for name in parts[size][0]}
         texts = [[tuple(text) for text in json.loads(row)] for row in joined.pop("texts")]
+        places = [json.loads(row) for row in joined.pop("places")]
         joined["facts"] = joined["facts"].astype(np.int32)
         plan = anyres.plan(*map(int, size.split("x")), policy)
-        groups.append(Group(plan, **joined, texts=texts))
+        groups.append(Group(plan, **joined, texts=texts, places=places))
     return groups
 
 

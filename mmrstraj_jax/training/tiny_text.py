@@ -6,19 +6,22 @@ Legend: N images, M most questions of an image, L tokens, K supervised positions
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from mmrstraj_jax.data.tokenizer import Tokenizer
 from mmrstraj_jax.synthcity.rand import Stream
-from mmrstraj_jax.synthcity.vocabulary import text_row
+from mmrstraj_jax.synthcity.vocabulary import stated_question, text_row
+from mmrstraj_jax.training.pointing import pack_places
 from mmrstraj_jax.training.shared_prefix import Prefix, Segments, pack, segment
 from mmrstraj_jax.training.tiny_data import Group
 
 QUESTION, ANSWER = 26, 6  # most tokens of one question with its answer, of an answer with its end
 TALK = 160  # most tokens of a conversation about an image
 TALK_QUESTIONS, TALK_CAPTION = 4, 0.6  # in a conversation; its chance of a caption
+TALK_STATED = 0.3  # of the conversations: about facts that the question states, with the image beside them
 TEXT = 192  # most tokens of a text-only row
 TEXT_ROWS = 6000
+STATED, STATED_ROWS = 64, 12000  # most tokens of a short one, and their number
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class GroupText:
     prefix: Prefix
     questions: Segments  # [N, M, ...]: each alone, its answer supervised
     num: Int[np.ndarray, " N"]
+    places: Float[np.ndarray, "N M G n 2"]  # where to look for the answer to each question
     talks: Segments  # [N, ...]: several turns with the mask that training uses
 
     @classmethod
@@ -35,28 +39,35 @@ class GroupText:
         """The last text of each image is its caption."""
         prefix, rng, known = Prefix.of(group.plan, tokenizer), np.random.default_rng(0), {}
         most = max(map(len, group.texts)) - 1
-        questions, talks = [], []
-        for texts in group.texts:
+        questions, places, talks = [], [], []
+        for texts, where in zip(group.texts, group.places, strict=True):
             turns = [(question, answer) for _, question, answer in texts]
             for turn in turns[:-1]:
                 if turn not in known:
                     known[turn] = segment([turn], tokenizer, prefix.num_ids, "clean")
             packed = pack([known[turn] for turn in turns[:-1]], QUESTION, ANSWER)
-            questions.append([np.pad(x, ((0, most - len(x)), (0, 0))) for x in packed])
-            talks.append(_talk(turns, tokenizer, prefix.num_ids, rng))
+            missing = most - len(packed.ids)
+            questions.append([np.pad(x, ((0, missing), (0, 0))) for x in packed])
+            places.append(np.pad(pack_places(where), ((0, missing), *[(0, 0)] * 3)))
+            if rng.random() < TALK_STATED:
+                turns = text_row(Stream(0, 14, int(rng.integers(2**31))))
+                talks.append(_shortened(turns, tokenizer, prefix.num_ids, rng))
+            else:
+                talks.append(_talk(turns, tokenizer, prefix.num_ids, rng))
         num = np.array([len(texts) - 1 for texts in group.texts])
-        return cls(
-            prefix, Segments(*map(np.stack, zip(*questions, strict=True))), num, pack(talks, TALK, TALK)
-        )
+        questions = Segments(*map(np.stack, zip(*questions, strict=True)))
+        return cls(prefix, questions, num, np.stack(places), pack(talks, TALK, TALK))
 
     def draw(
         self, rows: Int[np.ndarray, " B"], count: int, rng: np.random.Generator
-    ) -> tuple[Segments, Segments]:
-        """Segments [B, count, ...] of random questions of each image, [B, 1, ...] of its conversation."""
+    ) -> tuple[Segments, Float[np.ndarray, "B count G n 2"], Segments]:
+        """Segments [B, count, ...] of random questions of each image with their places, [B, 1, ...] of its
+        conversation."""
         picked = [
             rng.choice(n, count, replace=n < count) if n else np.zeros(count, int) for n in self.num[rows]
         ]
-        return self.questions.at((rows[:, None], np.stack(picked))), self.talks.at((rows, None))
+        at = rows[:, None], np.stack(picked)
+        return self.questions.at(at), self.places[at].astype(np.float32), self.talks.at((rows, None))
 
 
 def _talk(
@@ -66,11 +77,17 @@ def _talk(
     chosen = [turns[k] for k in rng.permutation(len(turns) - 1)[:TALK_QUESTIONS]]
     if not chosen or rng.random() < TALK_CAPTION:
         chosen.insert(0 if rng.random() < 0.7 else len(chosen), turns[-1])
+    return _shortened(chosen, tokenizer, skip, rng)
+
+
+def _shortened(turns: list, tokenizer: Tokenizer, skip: int, rng: np.random.Generator):
+    """The first turn may state what the others rest on, so it goes last."""
     while True:
-        found = segment(chosen, tokenizer, skip, "original")
-        if len(found[0]) - 1 <= TALK:
+        found = segment(turns, tokenizer, skip, "original")
+        if len(found[0]) - 1 <= TALK or len(turns) == 1:
             return found
-        chosen.pop(rng.integers(len(chosen)))
+        dropped = rng.integers(1, len(turns))
+        turns = [*turns[:dropped], *turns[dropped + 1 :]]
 
 
 def text_rows(tokenizer: Tokenizer) -> Segments:
@@ -78,3 +95,10 @@ def text_rows(tokenizer: Tokenizer) -> Segments:
     rows = (text_row(Stream(0, 13, k)) for k in range(TEXT_ROWS))
     found = [segment(turns, tokenizer, 0, "original", image=False) for turns in rows]
     return pack([row for row in found if len(row[0]) - 1 <= TEXT], TEXT, TEXT)
+
+
+def stated_rows(tokenizer: Tokenizer) -> Segments:
+    """Single short questions whose facts stand in them, most of them numbers to compare."""
+    rows = (stated_question(Stream(0, 15, k)) for k in range(STATED_ROWS))
+    found = [segment([turn], tokenizer, 0, "clean", image=False) for turn in rows]
+    return pack([row for row in found if len(row[0]) - 1 <= STATED], STATED, ANSWER)
