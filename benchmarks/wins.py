@@ -39,7 +39,9 @@ WINS = {
     "buckets": Win(
         {"kind": "stream", "remat": "dots"}, {"padded to the longest row": ["--without", "buckets"]}
     ),
+    "last-token": Win({"kind": "prefill"}, {"last layer of every token": ["--without", "last-token"]}),
     "compiled-loop": Win({"kind": "decode"}, {"a host loop, cache copied": ["--without", "compiled-loop"]}),
+    "layout": Win({"kind": "decode"}, {"layers in one stack": ["--without", "layout"]}),
     "uint8": Win({"kind": "transfer", "views": 25}, {"float32 pixels": ["--without", "uint8"]}),
 }
 

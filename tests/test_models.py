@@ -23,9 +23,9 @@ from model_samples import (
 )
 
 from mmrstraj_jax.data import anyres
-from mmrstraj_jax.models.layers import LoRAParam, Trainable
+from mmrstraj_jax.models.layers import LoRAParam, Trainable, unstacked
 from mmrstraj_jax.models.lora import train_in_full
-from mmrstraj_jax.models.qwen2 import init_cache
+from mmrstraj_jax.models.qwen2 import Qwen2, init_cache
 
 ATOL = 2e-5  # of hidden states of size 1
 
@@ -102,6 +102,26 @@ def test_prefill_and_decode_equal_the_full_forward(built):
         hidden, cache = decode(state, batch.input_ids[row, position], cache)
         np.testing.assert_allclose(hidden, expected[row, position], atol=ATOL, err_msg=f"step {step}")
     np.testing.assert_array_equal(cache.lengths, batch.lengths)
+
+
+def test_prompts_are_read_without_a_copy_of_the_layers():
+    """Stacked: of a slice at a time; as inference on a CPU holds them: of none."""
+    config = dataclasses.replace(CONFIG.text, num_hidden_layers=6, intermediate_size=512)
+    text = Qwen2(config, rngs=nnx.Rngs(params=jax.random.key(0)))
+    stack = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.split(text.layers)[1]))
+    x, lengths, found = jnp.ones((1, 4, config.hidden_size)), jnp.array([3]), []
+    for share in (0.5, 0.1):
+        graphdef, params = nnx.split(text)
+
+        def read(params, x, lengths, graphdef=graphdef):
+            return nnx.merge(graphdef, params).prefill(x, lengths, init_cache(config, 1, 4, jnp.float32))
+
+        compiled = jax.jit(read).lower(params, x, lengths).compile()
+        assert compiled.memory_analysis().temp_size_in_bytes < share * stack
+        found.append(compiled(params, x, lengths))
+        text.layers = unstacked(text.layers)
+    for stacked, apart in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(stacked, apart, atol=ATOL)
 
 
 @pytest.mark.parametrize("padding", [{"length": 131}, {"num_views": 7, "canvas": (10, 9)}], ids=str)

@@ -12,7 +12,7 @@ from flax import nnx
 
 from mmrstraj_jax import parallel
 from mmrstraj_jax.config import Config, LoRAConfig, OptimConfig
-from mmrstraj_jax.inference.decoding import Decoder
+from mmrstraj_jax.inference.decoding import Decoder, laid_out
 from mmrstraj_jax.inference.options import DecodeOptions
 from mmrstraj_jax.models.lora import add_lora
 from mmrstraj_jax.models.mmrstraj import Inputs, MMRSTraj, init_model
@@ -122,7 +122,7 @@ class Prefill:
     """A prompt's embeddings through the decoder into a cache, and the logits after its last token."""
 
     def __init__(self, item: Item):
-        self.graphdef, self.params = nnx.split(build(item))
+        self.graphdef, self.params = nnx.split(laid_out(build(item), jax.default_backend()))
         self.inputs = jax.tree.map(jnp.asarray, text_inputs(item))
         self.cache_of = lambda: init_cache(item.model.text, item.batch, item.length, jnp.dtype(item.dtype))
         self.program = Program(self._prefill, self.params, self.inputs)

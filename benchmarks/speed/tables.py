@@ -64,7 +64,11 @@ def work(item: Item, tokens: int = 1) -> dict[str, float]:
     each = flops.of_row(model, item.views, item.length if item.kind == "prefill" else 0, 1)
     if item.kind == "vision":
         return {"flops": each.tower_linear + each.tower_attention + each.projector}
-    return {"flops": each.decoder_linear + each.decoder_attention + each.head}
+    text = model.text  # of the last layer only keys and values are needed of every token
+    skipped = flops.decoder_layer(text) - 2 * text.hidden_size * text.num_key_value_heads * text.head_dim
+    share = 1 - skipped / flops.decoder_layer(text) / text.num_hidden_layers
+    attention = each.decoder_attention * (1 - 1 / text.num_hidden_layers)
+    return {"flops": share * each.decoder_linear + attention + each.head}
 
 
 def bound(result: dict[str, Any]) -> tuple[str, float]:

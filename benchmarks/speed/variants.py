@@ -17,8 +17,10 @@ import numpy as np
 import optax
 from flax import nnx
 
-from mmrstraj_jax.inference.decoding import SLOT_MULTIPLE, round_up
+from mmrstraj_jax.inference import decoding
+from mmrstraj_jax.inference.decoding import SLOT_MULTIPLE, laid_out, round_up
 from mmrstraj_jax.models import layers, qwen2, siglip
+from mmrstraj_jax.models.attention import attention
 from mmrstraj_jax.models.qwen2 import init_cache
 from mmrstraj_jax.training.step import gradients
 from speed import child, ours, workloads
@@ -124,11 +126,33 @@ class Unrolled(ours.Train):
         super().prepare()
 
 
+class EveryQuery(ours.Prefill):
+    """The last layer's queries and MLP of every token of the prompt."""
+
+    def __init__(self, item: Item):
+        one_block = qwen2.DecoderLayer.__call__
+
+        def whole(self, x, attend, rope, keys=None, at=None):
+            if at is None:
+                return one_block(self, x, attend, rope, keys)
+            return qwen2.along_rows(one_block(self, x, causal(attend), rope, keys), at)
+
+        def causal(attend):
+            def both(q, k, v):
+                attend(q[:, :1], k, v)  # which keeps keys and values
+                return attention(q, k, v, is_causal=True)
+
+            return both
+
+        qwen2.DecoderLayer.__call__ = whole
+        super().__init__(item)
+
+
 class HostLoop(ours.Decode):
     """A program a token, its cache copied: the host asks for each."""
 
     def __init__(self, item: Item, budget: int):
-        graphdef, params = nnx.split(ours.build(item))
+        graphdef, params = nnx.split(laid_out(ours.build(item), jax.default_backend()))
         self.item, self.decoder = item, types.SimpleNamespace(graphdef=graphdef, params=params)
         slots = round_up(item.length + budget * workloads.DECODE_TOKENS + 1, SLOT_MULTIPLE)
 
@@ -156,6 +180,14 @@ class HostLoop(ours.Decode):
             self.tokens, self.cache = self.one(self.decoder.params, self.tokens, self.cache)
             written.append(np.asarray(self.tokens))  # as a host does that looks for the end
         return np.stack(written, axis=1)
+
+
+class Stacked(ours.Decode):
+    """The decoder's layers as one stack, in a loop over it."""
+
+    def __init__(self, item: Item, budget: int):
+        decoding.laid_out = lambda model, platform: model
+        super().__init__(item, budget)
 
 
 class Transfer:
@@ -186,8 +218,10 @@ WITHOUT = {  # what is given up -> the kinds that change
     "supervised-positions": {"train": EveryPosition},
     "frozen-weights": {"train": AllGradients},
     "scan": {"train": Unrolled},
+    "last-token": {"prefill": EveryQuery},
     "buckets": {"stream": PaddedStream},
     "compiled-loop": {"decode": HostLoop},
+    "layout": {"decode": Stacked},
     "uint8": {"transfer": FloatTransfer},
 }
 

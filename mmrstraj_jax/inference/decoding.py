@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Int, Key
 from mmrstraj_jax import parallel
 from mmrstraj_jax.inference.options import DecodeOptions
 from mmrstraj_jax.inference.sampling import SamplingValues, next_tokens
+from mmrstraj_jax.models.layers import unstacked
 from mmrstraj_jax.models.mmrstraj import Inputs, MMRSTraj
 from mmrstraj_jax.models.qwen2 import KVCache, init_cache
 
@@ -129,6 +130,15 @@ def row_keys(seed: int, numbers: Sequence[int]) -> Key[Array, " B"]:
     return jax.vmap(lambda number: jax.random.fold_in(key, number))(jnp.asarray(numbers, jnp.uint32))
 
 
+def laid_out(model: MMRSTraj, platform: str) -> MMRSTraj:
+    """The model with its decoder's weights as this platform's products read them best (layers.unstacked)."""
+    if platform != "cpu":
+        return model
+    model = nnx.merge(*nnx.split(model))  # the same arrays in a module of its own
+    model.language_model.layers = unstacked(model.language_model.layers)
+    return model
+
+
 class Decoder:
     """A model made ready to write: parameters split off once, two compiled programs per bucket of shapes."""
 
@@ -138,7 +148,7 @@ class Decoder:
             eos_token_ids: ids that end a row; empty means that only the budget does.
             mesh: devices of this process; each holds the whole model and takes a share of the rows.
         """
-        self.graphdef, params = nnx.split(model)
+        self.graphdef, params = nnx.split(laid_out(model, mesh.devices.flat[0].platform))
         self.mesh, self.params = mesh, jax.device_put(params, NamedSharding(mesh, P()))
         self.config = model.language_model.config
         self.eos = tuple(sorted(set(eos_token_ids)))

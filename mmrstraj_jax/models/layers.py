@@ -32,6 +32,18 @@ def normal(key: Key[Array, ""], shape: tuple[int, ...], std: float, dtype: jnp.d
     return (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
 
 
+def times(
+    x: Float[Array, "*N in"], weight: Float[Array, "out in"], dtype: jnp.dtype | None = None
+) -> Float[Array, "*N out"]:
+    """x W^T, in `dtype` where it is not that of x."""
+    if x.dtype == jnp.bfloat16 and x.size == x.shape[-1] and jax.default_backend() == "cpu":
+        # For a single row XLA for CPUs makes a float32 copy of the whole weight, for two rows none
+        rows = jnp.concatenate([x.reshape(1, -1)] * 2)
+        y = jnp.einsum("ni,oi->no", rows, weight, preferred_element_type=dtype)[0]
+        return y.reshape(*x.shape[:-1], -1)
+    return jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=dtype)
+
+
 class Linear(nnx.Module):
     """y = x W^T + b, plus the adapter (alpha/r) B A dropout(x) where there is one."""
 
@@ -62,7 +74,7 @@ class Linear(nnx.Module):
             keys: one dropout key per row, or None outside training.
             tag: distinguishes the linears of a block that share the same keys.
         """
-        y = jnp.einsum("...i,oi->...o", x, self.weight[...].astype(x.dtype))
+        y = times(x, self.weight[...].astype(x.dtype))
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         if self.lora_A is not None:
@@ -114,8 +126,8 @@ class RMSNorm(nnx.Module):
 
 def _gathered(leaf: Array, mesh: Mesh) -> Array:
     """One layer's slice of a parameter, complete on every device."""
-    # Without this first, empty constraint the second one would reach back to the stack, all of which would then
-    # be copied into another layout before the loop
+    # Without this first, empty constraint the second one would reach back to the stack, all of which would
+    # then be copied into another layout before the loop
     as_it_lies = P(*[P.UNCONSTRAINED] * leaf.ndim)
     leaf = lax.with_sharding_constraint(leaf, NamedSharding(mesh, as_it_lies))
     return lax.with_sharding_constraint(leaf, NamedSharding(mesh, P()))
@@ -146,6 +158,19 @@ def rematerialised(
     return jax.checkpoint(step, prevent_cse=prevent_cse, policy=policy)
 
 
+def unstacked(layers: nnx.Module) -> nnx.List:
+    """The layers of a stack as modules of their own, which `scan_layers` runs one after the other.
+
+    XLA for CPUs copies a slice of the stack before a product reads it: three times the traffic of memory,
+    and when one token is decoded nothing else takes time.
+    """
+    graphdef, params = nnx.split(layers)
+    count = jax.tree.leaves(params)[0].shape[0]
+    return nnx.List(
+        nnx.merge(graphdef, jax.tree.map(lambda leaf, at=number: leaf[at], params)) for number in range(count)
+    )
+
+
 def scan_layers(
     body: Callable[[nnx.Module, Any, Int[Array, ""]], tuple[Any, Any]],
     layers: nnx.Module,
@@ -160,8 +185,8 @@ def scan_layers(
     """Runs body(layer, carry, index) -> (carry, output) over layers first..last-1 of a stacked module.
 
     Args:
-        body: one layer; index is its number as a traced scalar.
-        layers: module whose every parameter has the layer axis first.
+        body: one layer; index is its number, a traced scalar in a loop.
+        layers: module whose every parameter has the layer axis first; or `unstacked` ones, for inference.
         carry: any pytree.
         remat: "none" stores every residual, "block" only the carry between layers, "dots" also the results of
             matrix products without batch axes.
@@ -172,12 +197,20 @@ def scan_layers(
     Returns:
         the last carry, and the outputs stacked on a leading layer axis.
     """
+    if isinstance(layers, nnx.List):
+        assert remat == "none" and mesh is None, "training needs stacked layers"
+        outputs = []
+        for index in range(first, last):
+            carry, output = body(layers[index], carry, index)
+            outputs.append(output)
+        return carry, jax.tree.map(lambda *each: jnp.stack(each), *outputs)
     graphdef, params = nnx.split(layers)
-    if (first, last) != (0, jax.tree.leaves(params)[0].shape[0]):
-        params = jax.tree.map(lambda leaf: leaf[first:last], params)
+    some = (first, last) != (0, jax.tree.leaves(params)[0].shape[0])
 
     def step(carry, scanned):
         layer_params, index = scanned
+        if some:  # a slice of the stack in front of the loop would be a copy of most of the model
+            layer_params = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, index, 0, False), params)
         if mesh is not None:
             layer_params = jax.tree.map(lambda leaf: _gathered(leaf, mesh), layer_params)
             # left alone, the compiler would rather move activations than weights
@@ -185,4 +218,5 @@ def scan_layers(
         return body(nnx.merge(graphdef, layer_params), carry, index)
 
     step = rematerialised(step, remat, prevent_cse=unroll, gathers=mesh is not None)
-    return lax.scan(step, carry, (params, jnp.arange(first, last)), unroll=(last - first) if unroll else 1)
+    scanned = (None if some else params, jnp.arange(first, last))
+    return lax.scan(step, carry, scanned, unroll=(last - first) if unroll else 1)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from mmrstraj_jax.config import TextConfig
 from mmrstraj_jax.models.attention import attention
-from mmrstraj_jax.models.layers import Linear, RMSNorm, normal, scan_layers
+from mmrstraj_jax.models.layers import Linear, RMSNorm, normal, scan_layers, times
 
 
 class KVCache(NamedTuple):
@@ -46,6 +46,11 @@ def rotate(x: Float[Array, "B L K D"], rope: tuple[Array, Array]) -> Float[Array
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
+def along_rows(x: Float[Array, "B L *D"], at: Int[Array, "B Q"]) -> Float[Array, "B Q *D"]:
+    """The tokens `at` of each row."""
+    return jnp.take_along_axis(x, at.reshape(*at.shape, *[1] * (x.ndim - 2)), axis=1)
+
+
 class Attention(nnx.Module):
     def __init__(self, config: TextConfig, **init):
         hidden, dim = config.hidden_size, config.head_dim
@@ -56,14 +61,18 @@ class Attention(nnx.Module):
         self.head_dim = dim
 
     def project(
-        self, x: Float[Array, "B L H"], rope: tuple[Array, Array], keys
+        self, x: Float[Array, "B L H"], rope: tuple[Array, Array], keys, at: Int[Array, "B Q"] | None = None
     ) -> tuple[Array, Array, Array]:
-        """Rotated queries and keys, and values: [B, L, heads, D]."""
+        """Rotated queries (of the tokens `at`, else of all) and keys, and values: [B, Q or L, heads, D]."""
+        asking, q_rope = x, rope
+        if at is not None:
+            asking, q_rope = along_rows(x, at), tuple(along_rows(each, at) for each in rope)
+        linears = ((self.q_proj, asking), (self.k_proj, x), (self.v_proj, x))
         q, k, v = (
-            rearrange(proj(x, keys, tag), "b l (h d) -> b l h d", d=self.head_dim)
-            for tag, proj in enumerate((self.q_proj, self.k_proj, self.v_proj))
+            rearrange(proj(each, keys, tag), "b l (h d) -> b l h d", d=self.head_dim)
+            for tag, (proj, each) in enumerate(linears)
         )
-        return rotate(q, rope), rotate(k, rope), v
+        return rotate(q, q_rope), rotate(k, rope), v
 
     def output(self, x: Float[Array, "B L heads D"], keys) -> Float[Array, "B L H"]:
         return self.o_proj(rearrange(x, "b l h d -> b l (h d)"), keys, 3)
@@ -88,9 +97,13 @@ class DecoderLayer(nnx.Module):
         )
         self.mlp = MLP(config, rngs=rngs, stack=stack, dtype=dtype)
 
-    def __call__(self, x, attend, rope, keys=None) -> Float[Array, "B L H"]:
-        """One block; attend(q, k, v) is plain causal attention or the cached one."""
-        q, k, v = self.self_attn.project(self.input_layernorm(x), rope, keys)
+    def __call__(self, x, attend, rope, keys=None, at: Int[Array, "B Q"] | None = None) -> Array:
+        """One block, [B, L, H], or [B, Q, H] of the tokens `at` alone: only keys and values need the others.
+
+        attend(q, k, v) is plain causal attention or the cached one.
+        """
+        q, k, v = self.self_attn.project(self.input_layernorm(x), rope, keys, at)
+        x = x if at is None else along_rows(x, at)
         x = x + self.self_attn.output(attend(q, k, v), keys)
         return x + self.mlp(self.post_attention_layernorm(x), keys)
 
@@ -103,7 +116,7 @@ class Embedding(nnx.Module):
 @jax.custom_vjp
 def _scores(hidden: Float[Array, "*B H"], head: Float[Array, "V H"]) -> Float[Array, "*B V"]:
     """float32 products. Left to autodiff, a float32 cotangent turns the whole bfloat16 head into float32."""
-    return jnp.einsum("...h,vh->...v", hidden, head, preferred_element_type=jnp.float32)
+    return times(hidden, head, jnp.float32)
 
 
 def _scores_forward(hidden, head):
@@ -178,26 +191,38 @@ class Qwen2(nnx.Module):
     def prefill(
         self, x: Float[Array, "B L H"], lengths: Int[Array, " B"], cache: KVCache
     ) -> tuple[Float[Array, "B H"], KVCache]:
-        """Fills slots 0..L-1 of the cache; returns the hidden state of each row's last valid token."""
-        rope = self._rope(x, None)
+        """Fills slots 0..L-1 of the cache; returns the hidden state of each row's last valid token.
 
-        def body(layer: DecoderLayer, x, index):
+        The last layer's queries and MLP are computed for that token alone.
+        """
+        rope, length, final = self._rope(x, None), x.shape[1], self.config.num_hidden_layers - 1
+
+        def read(layer: DecoderLayer, x, at=None):
             kept = {}
 
             def attend(q, k, v):
-                kept["k"], kept["v"] = k, v
-                return attention(q, k, v, is_causal=True)
+                kept["k"], kept["v"] = k.astype(cache.k.dtype), v.astype(cache.v.dtype)
+                if at is None:
+                    return attention(q, k, v, is_causal=True)
+                return attention(q, k, v, is_causal=False, kv_lengths=lengths)
 
-            x = layer(x, attend, rope)
-            return x, (kept["k"], kept["v"])
+            return layer(x, attend, rope, at=at), kept["k"], kept["v"]
 
-        x, (k, v) = scan_layers(body, self.layers, x, last=self.config.num_hidden_layers)
+        def body(layer: DecoderLayer, x, index):
+            x, k, v = read(layer, x)
+            return x, (k, v)
+
+        def last(layer: DecoderLayer, x, index):
+            return x, read(layer, x, at=lengths[:, None] - 1)
+
+        x, (k, v) = scan_layers(body, self.layers, x, last=final)
+        _, (hidden, k_last, v_last) = scan_layers(last, self.layers, x, first=final, last=final + 1)
         cache = KVCache(
-            cache.k.at[:, :, : x.shape[1]].set(k.astype(cache.k.dtype)),
-            cache.v.at[:, :, : x.shape[1]].set(v.astype(cache.v.dtype)),
+            cache.k.at[:final, :, :length].set(k).at[final:, :, :length].set(k_last),
+            cache.v.at[:final, :, :length].set(v).at[final:, :, :length].set(v_last),
             lengths,
         )
-        return self.norm(x[jnp.arange(x.shape[0]), lengths - 1]), cache
+        return self.norm(hidden[0, :, 0]), cache
 
     def decode(self, tokens: Int[Array, " B"], cache: KVCache) -> tuple[Float[Array, "B H"], KVCache]:
         """One token per row, written to slot lengths[b]; the cache is the scan's carry: updated in place."""
