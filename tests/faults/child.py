@@ -30,6 +30,8 @@ def small_run(name, args, **_):
 if __name__ == "__main__":
     fault, *words = sys.argv[1:]
     command.load_config = small_run
+    # Tries XLA's flags in a process of its own, which costs seconds each time (row 41 has its tests)
+    command.environment.check = lambda *_: None
     # Nobody looks at the pictures, and their libraries take seconds to import
     Monitor._plot = Monitor._open_tensorboard = lambda *_: None
     if fault != "none":
