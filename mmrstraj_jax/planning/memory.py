@@ -29,6 +29,9 @@ from mmrstraj_jax.training.state import merge
 
 # Alive at once in the backward pass of a chunk of logits: the logits, their exponentials, their gradient.
 LOGIT_COPIES = 3
+# XLA's CPU library (YNNPACK) works in memory of its own, which memory_analysis does not count: arrays as
+# large as what a softmax runs over. How many at once was measured (docs/planning.md).
+SCRATCH_COPIES = 3
 
 
 @dataclass(frozen=True)
@@ -46,10 +49,14 @@ class Phase:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device. `resident` lives through the whole step, phases come one after the other."""
+    """Bytes on one device. `resident` lives through the whole step, phases come one after the other.
+
+    `scratch` is what the CPU's library takes beside the program's buffers; the peak does not hold it.
+    """
 
     resident: dict[str, int]
     phases: list[Phase] = field(default_factory=list)
+    scratch: int = 0
 
     @property
     def peak_phase(self) -> Phase:
@@ -96,16 +103,26 @@ def estimate(
         "gradients": 2 * trainable,
     }
     phases = _phases(config, model, shape, rows, gpu)
+    scratch = 0 if gpu else SCRATCH_COPIES * _largest_softmax(model, shape, rows)
     if fsdp == 1:
-        return Memory(resident, phases)
+        return Memory(resident, phases, scratch)
     leaves = found.trainable | found.frozen
     split = {name: leaf for name, leaf in leaves.items() if parallel.is_split(name, leaf.shape, fsdp)}
     single = {"gathered head": parallel.gathered_once(leaves, fsdp)}
     if config.batch_size > rows:  # no micro-batch changes them: the compiler gathers them before the first
-        return Memory(resident | single, [_with_layers(phase, split, 1 + gpu) for phase in phases])
-    head, *others = phases
-    head = Phase(head.name, head.buffers | single)
-    return Memory(resident, [head, *(_with_layers(phase, split, 1 + gpu) for phase in others)])
+        resident |= single
+    else:
+        phases = [Phase(phases[0].name, phases[0].buffers | single), *phases[1:]]
+    return Memory(resident, [_with_layers(phase, split, 1 + gpu) for phase in phases], scratch)
+
+
+def _largest_softmax(model: ModelConfig, shape: Shape, rows: int) -> int:
+    """Bytes of the largest array that a softmax of the step runs over: scores of one layer, or logits."""
+    vision, text = model.vision, model.text
+    tower = rows * shape.views * vision.num_attention_heads * vision.num_patches**2
+    decoder = rows * text.num_attention_heads * shape.length**2
+    logits = rows * chunk_positions(rows, shape.supervised, text.vocab_size) * text.vocab_size
+    return 4 * max(tower, decoder, logits)
 
 
 def _with_layers(phase: Phase, split: dict[str, jax.ShapeDtypeStruct], count: int) -> Phase:

@@ -123,9 +123,13 @@ def advice(found: list[Option], names: list[str]) -> list[str]:
 
 def cpu(found: Dataset, config: Config) -> str:
     """Peak memory of the same run on this CPU, where attention scores are materialised."""
-    worst = strategy.largest(found.loader.schedule.buckets)
-    peak = max(estimate(config, found.model, shape, gpu=False).peak for shape in worst)
-    return f"one CPU device, remat {config.remat}, {config.dtype}: {size(peak)} in arrays"
+    shapes = strategy.largest(found.loader.schedule.buckets)
+    estimates = [estimate(config, found.model, shape, gpu=False) for shape in shapes]
+    worst = max(estimates, key=lambda memory: memory.peak)
+    return (
+        f"one CPU device, remat {config.remat}, {config.dtype}: {size(worst.peak)} in arrays, "
+        f"{size(worst.scratch)} in XLA's scratch"
+    )
 
 
 def measured(result: Measured, predicted: int, seconds: float, devices: int) -> list[str]:
