@@ -1,6 +1,6 @@
 """Caption metrics side by side with pycocoevalcap, in alternation, on the same captions.
 
-    python benchmarks/captions.py            9 rounds, about two minutes
+    python benchmarks/captions.py            9 rounds, a few minutes
 
 "tokens" is BLEU, ROUGE_L and CIDEr-D from tokenised captions; "captions" is all of it, PTB tokens and METEOR
 included, and needs Java on both sides. Every score must agree to 1e-6, or nothing is reported.
