@@ -16,7 +16,7 @@ def outcomes(paths: list[str]) -> dict[tuple[str, str], str]:
     """(file below tests/, test with its parameters) -> passed, failed or skipped; later reports win."""
     found = {}
     for path in paths:
-        for case in xml.parse(path).iter("testcase"):
+        for case in xml.parse(path).iterfind(".//testcase[@classname]"):  # one that was interrupted has none
             kinds = {child.tag for child in case}
             failed = kinds & {"failure", "error"}
             file = case.get("classname").removeprefix("tests.").replace(".", "/") + ".py"
@@ -44,8 +44,8 @@ def result(cell: str, known: dict[tuple[str, str], str]) -> str:
 def main(reports: list[str]) -> None:
     known, lines = outcomes(reports), PAGE.read_text(encoding="utf-8").splitlines()
     for at, line in enumerate(lines):
-        if re.match(r"\| \d+ \|", line):
-            *cells, _ = line.split(" | ")
+        *cells, _ = line.split(" | ")
+        if len(cells) == 4 and re.match(r"\| \d+$", cells[0]):
             lines[at] = " | ".join([*cells, f"{result(cells[3], known)} |"])
     PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
 

@@ -18,8 +18,12 @@ from mmrstraj_jax.training.checkpoint import finished_steps
 def kill_and_compare(world, folder, kills: int, steps: int, seed: int) -> None:
     """Kills a run at random moments, lets it finish, and compares it with one that was left alone.
 
-    Every fifth kill falls before the first step of its start, the others one or two steps later.
+    Every fifth kill falls before the first step of its start, the others soon after a checkpoint.
     """
+
+    def newest() -> int:
+        return max(finished_steps(folder / "run" / "checkpoints"), default=0)
+
     length, every = ("--steps", str(steps)), ("--save-every", "1")
     world.start(folder / "straight", *length).ends(0)
     draw, fallen = random.Random(seed), []
@@ -28,12 +32,14 @@ def kill_and_compare(world, folder, kills: int, steps: int, seed: int) -> None:
         if number % 5 == 4:
             time.sleep(draw.uniform(0, 3))  # in its imports, or while it loads
         else:
-            begun = max(finished_steps(folder / "run" / "checkpoints"), default=0)
-            child.wait_for(f"step {begun + 1}/{steps}:")
+            begun = newest()
+            while newest() == begun:
+                assert child.process.poll() is None, child.output
+                time.sleep(0.01)
             time.sleep(draw.uniform(0, 0.4))
         child.process.send_signal(signal.SIGKILL)
         assert child.wait() == -signal.SIGKILL
-        fallen.append(max(finished_steps(folder / "run" / "checkpoints"), default=0))
+        fallen.append(newest())
     world.start(folder / "run", *length, *every).ends(0)
     print(
         f"{kills} kills, newest finished steps after each: {fallen}; SHA-256 {state_sha256(folder / 'run')}"
