@@ -47,10 +47,10 @@ def test_the_survivor_of_a_kill_names_the_other_process(world, tmp_path):
 
 @pytest.mark.parametrize("fault, expected", [
     ("sleep_at:3", r"stuck: process 1 \(.*\) for \d+ s in: running step 3; the others wait for it"),
-    ("signal_at:3:SIGSTOP", r"dead or frozen: process 1 \(.*\), last seen in: \w+ .*step [23]"),
+    ("signal_at:3:SIGSTOP", r"dead or frozen: process 1 \(.*\), last seen in: .+, \d+ s ago"),
 ])  # fmt: skip
 def test_a_process_that_hangs_is_named(world, tmp_path, fault, expected):
-    """Row 8: asleep in Python, and frozen from outside."""
+    """Row 8: asleep in Python, and frozen from outside, when its last sign of life may be some steps old."""
     options = ("--micro-batch-size", "2", "--cluster.step-timeout", "40", *HEARTBEAT)
     pair = world.pair(tmp_path / "run", *options, faults=("none", fault))
     assert re.search(expected, last_line(pair[0].ends(69)))

@@ -28,12 +28,16 @@ def test_a_row_that_hangs_ends_the_run_with_its_name(world, straight, tmp_path):
 
 
 def test_workers_end_with_a_run_that_is_killed(world, tmp_path):
-    child = world.start(tmp_path / "run", *WORKERS, fault="slow_steps:1")
-    child.wait_for("step 1/6")
-    # A child belongs to the thread that started it
-    lists = Path(f"/proc/{child.process.pid}/task").glob("*/children")
-    workers = [pid for path in lists for pid in path.read_text().split()]
-    assert len(workers) >= 2
+    # So many steps that no worker has read all of its rows
+    child = world.start(tmp_path / "run", *WORKERS, "--steps", "40", fault="slow_steps:1")
+    child.wait_for("step 1/40")
+    workers: list[str] = []
+    end = time.monotonic() + 30  # the kernel's list may lack a child for a moment
+    while len(workers) < 2:
+        assert time.monotonic() < end, workers
+        # A child belongs to the thread that started it
+        lists = Path(f"/proc/{child.process.pid}/task").glob("*/children")
+        workers = [pid for path in lists for pid in path.read_text().split()]
     child.process.send_signal(signal.SIGKILL)
     child.wait()
     end = time.monotonic() + 30
