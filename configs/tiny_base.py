@@ -1,7 +1,7 @@
 """The tiny base model that ships: every part trained on SynthCity's base split (domain A, general questions).
 
-NOT A RECIPE OF THE PAPER: it makes the stand-in for a pre-trained LLaVA-OneVision checkpoint. `steps` and the
-learning rates are those of the last two phases; the whole is run, phase by phase and resumable, by
+NOT A RECIPE OF THE PAPER: it makes the stand-in for a pre-trained LLaVA-OneVision checkpoint. Its learning
+rates are those of the language phases, whose steps stand in training/tiny_base.py; the whole is run by
 
     python -m mmrstraj_jax.training.tiny_base --out mmrstraj_jax/assets/tiny
 """
@@ -14,7 +14,6 @@ def get_config(model: str) -> Config:
         name="tiny_base",
         model=model,
         epochs=1,
-        steps=1200,
         batch_size=4,
         micro_batch_size=2,
         max_length=1024,

@@ -9,13 +9,13 @@ bfloat16, with its score on held-out questions. The settings are those of config
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -91,7 +91,7 @@ def fit(
         return _read(path, trainable)
     replicated = jax.NamedSharding(optimizer.mesh, jax.P())
 
-    @partial(jax.jit, static_argnums=3, donate_argnums=(0, 1))
+    @functools.partial(jax.jit, static_argnums=3, donate_argnums=(0, 1))
     def step_fn(trainable, opt_state, frozen, group, batch):
         (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(trainable, frozen, group, batch)
         return *optimizer.update(grads, opt_state, trainable), metrics
@@ -148,6 +148,18 @@ class Workshop:
     groups: list[tiny_data.Group]
     tokenizer: Tokenizer
 
+    @functools.cached_property
+    def texts(self) -> list[GroupText]:
+        return [GroupText.of(group, self.tokenizer) for group in self.groups]
+
+    @functools.cached_property
+    def plain(self) -> Segments:
+        return text_rows(self.tokenizer)
+
+    @functools.cached_property
+    def stated(self) -> Segments:
+        return stated_rows(self.tokenizer)
+
     def draws(self, batch_size: int, steps: int, seed: int) -> list[tuple[int, np.ndarray]]:
         return list(tiny_data.draws(self.groups, batch_size, steps, seed))
 
@@ -185,8 +197,7 @@ class Workshop:
         optim = self.config.optim
         train_in_full(model, [part for part in TRAINABLE_PARTS if phase.joint or part != "vision_tower"])
         graphdef, trainable, frozen = state.split(model)
-        texts = [GroupText.of(group, self.tokenizer) for group in self.groups]
-        plain, stated = text_rows(self.tokenizer), stated_rows(self.tokenizer)
+        texts, plain, stated = self.texts, self.plain, self.stated
         tokens = [
             TokenPlaces.of(group.plan, len(text.prefix.ids))
             for group, text in zip(self.groups, texts, strict=True)
