@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from inference_samples import CONFIG, IMAGE, TAU, VIDEO, random_model
+from inference_samples import CONFIG, IMAGE, TAU, VIDEO, random_model, with_text
 from PIL import Image
 
 from mmrstraj_jax.errors import UserError
@@ -80,6 +80,14 @@ def full_forward(model, asked: list[Request], count: int, penalty: float) -> lis
 def test_prefill_and_decode_equal_the_full_forward(model, penalty):
     options = DecodeOptions(max_new_tokens=12, repetition_penalty=penalty)
     assert answers(engine(model), requests(), options) == full_forward(model, requests(), 12, penalty)
+
+
+def test_a_decoder_of_one_layer_writes_too():
+    """Prefill runs no layer before its last one."""
+    config = with_text(num_hidden_layers=1)
+    model, options = random_model(config), DecodeOptions(max_new_tokens=4)
+    found = answers(Engine(model, config, TAU, batch_size=4), requests(), options)
+    assert found == full_forward(model, requests(), 4, 1.0)
 
 
 def test_a_batch_of_different_prompts_equals_its_singles(model):

@@ -203,6 +203,9 @@ def scan_layers(
         for index in range(first, last):
             carry, output = body(layers[index], carry, index)
             outputs.append(output)
+        if not outputs:  # as lax.scan of no step
+            none = jax.eval_shape(lambda carry: body(layers[first], carry, first)[1], carry)
+            return carry, jax.tree.map(lambda one: jnp.zeros((0, *one.shape), one.dtype), none)
         return carry, jax.tree.map(lambda *each: jnp.stack(each), *outputs)
     graphdef, params = nnx.split(layers)
     some = (first, last) != (0, jax.tree.leaves(params)[0].shape[0])
