@@ -257,6 +257,7 @@ class Config:
     packing: bool = False  # several samples share a row of up to max_length tokens; batch_size counts rows
     seed: int = 0
     dtype: str = "bfloat16"  # frozen weights and compute; adapters and optimizer are float32
+    quantize_llm: str = "none"  # none | int8 | nf4: how the frozen language model is stored (extra quant)
     remat: str = "block"  # none | block | dots
     label_mask: str = "original"  # original | clean
     loss_normalization: str = "token"  # token: global token mean | microbatch: mean of micro-batch means
@@ -281,6 +282,7 @@ class Config:
     def __post_init__(self):
         choices = {
             "remat": ("none", "block", "dots"),
+            "quantize_llm": ("none", "int8", "nf4"),
             "label_mask": ("original", "clean"),
             "on_bad": ("quarantine", "error"),
             "loss_normalization": ("token", "microbatch"),
@@ -295,6 +297,11 @@ class Config:
                 f"feature_layer {self.feature_layer}: expected -1, -2, ..., or 0 for the weights' own"
             )
         _check_names("train_full", self.train_full, TRAINABLE_PARTS)
+        if self.quantize_llm != "none" and "language_model" in self.train_full:
+            raise UserError(
+                f"quantize_llm {self.quantize_llm}: the language model is in train_full, and only frozen "
+                "weights can be stored in fewer bits; drop one of them"
+            )
         least = dict.fromkeys(("steps", "seed", "eval_every", "eval_samples"), 0) | dict.fromkeys(
             ("epochs", "batch_size", "micro_batch_size", "fsdp", "max_length", "length_multiple"), 1
         )

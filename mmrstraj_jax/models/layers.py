@@ -17,6 +17,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Key
 
+from mmrstraj_jax.models.quantized import dequantized
+
 REMAT_POLICIES = ("none", "block", "dots")
 
 
@@ -59,6 +61,8 @@ class Linear(nnx.Module):
     ):
         self.weight = nnx.Param(normal(rngs.params(), (*stack, num_out, num_in), num_in**-0.5, dtype))
         self.bias = nnx.Param(jnp.zeros((*stack, num_out), dtype)) if use_bias else nnx.data(None)
+        self.weight_scale = nnx.data(None)  # of a weight that is stored in fewer bits (models.quantized)
+        self.stored_as = ""
         self.lora_A = nnx.data(None)
         self.lora_B = nnx.data(None)
         self.lora_scale = 0.0
@@ -74,7 +78,10 @@ class Linear(nnx.Module):
             keys: one dropout key per row, or None outside training.
             tag: distinguishes the linears of a block that share the same keys.
         """
-        y = times(x, self.weight[...].astype(x.dtype))
+        if self.weight_scale is None:
+            y = times(x, self.weight[...].astype(x.dtype))
+        else:
+            y = self._times_stored(x, self.weight[...], self.weight_scale[...])
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         if self.lora_A is not None:
@@ -83,6 +90,13 @@ class Linear(nnx.Module):
             low = jnp.einsum("...i,ri->...r", x, self.lora_A[...].astype(x.dtype))
             y = y + self.lora_scale * jnp.einsum("...r,or->...o", low, self.lora_B[...].astype(x.dtype))
         return y
+
+    def _times_stored(self, x: Array, values: Array, scale: Array) -> Array:
+        @jax.checkpoint  # else the backward pass keeps every layer's whole weight
+        def times_whole(x, values, scale):
+            return times(x, dequantized(values, scale, self.stored_as).astype(x.dtype))
+
+        return times_whole(x, values, scale)
 
 
 def dropout(x: Float[Array, "N *T D"], rate: float, keys: Key[Array, " N"]) -> Float[Array, "N *T D"]:

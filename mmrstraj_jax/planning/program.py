@@ -16,6 +16,7 @@ from mmrstraj_jax.data import collate
 from mmrstraj_jax.data.collate import Shape
 from mmrstraj_jax.models.lora import add_lora, train_in_full
 from mmrstraj_jax.models.mmrstraj import init_model
+from mmrstraj_jax.models.quantized import quantize_linears
 from mmrstraj_jax.training import state as states
 from mmrstraj_jax.training.optimizer import Optimizer
 from mmrstraj_jax.training.step import build_step
@@ -40,6 +41,8 @@ def abstract_model(config: Config, model: ModelConfig) -> Abstract:
 
     def build() -> tuple[dict, dict]:
         made = init_model(model, jax.random.key(0), jnp.dtype(config.dtype))
+        if config.quantize_llm != "none":
+            quantize_linears(made.language_model.layers, config.quantize_llm)
         train_in_full(made, config.train_full)
         add_lora(made, config.lora, jax.random.key(1))
         graphdef, *trees = states.split(made)

@@ -13,6 +13,7 @@ from mmrstraj_jax.planning import flops
 from mmrstraj_jax.planning.gpus import GPU
 from mmrstraj_jax.planning.memory import Memory, estimate
 from mmrstraj_jax.planning.program import abstract_model
+from mmrstraj_jax.training.state import num_bytes
 
 GIB = 2**30
 # Of a card's memory: the rest is CUDA's context, cuDNN's and NCCL's workspaces, and fragmentation.
@@ -103,11 +104,11 @@ def wire_bytes(config: Config, model: ModelConfig, devices: int, fsdp: int) -> f
     leaves = tree.trainable | tree.frozen
     passes = {"language_model": 2, "vision_tower": 1 + flops.tower_trains(config)}
     layers = sum(
-        passes[name.split(".")[0]] * leaf.size * leaf.dtype.itemsize
+        passes[name.split(".")[0]] * num_bytes(leaf)
         for name, leaf in leaves.items()
         if ".layers." in name and is_split(name, leaf.shape, fsdp)
     )
-    gradients = sum(leaf.size * leaf.dtype.itemsize for leaf in tree.trainable.values())
+    gradients = sum(map(num_bytes, tree.trainable.values()))
     micro_batches = config.batch_size / config.micro_batch_size
     reduced = 2 * (devices - 1) / devices * micro_batches * gradients
     return reduced + (fsdp - 1) / fsdp * (micro_batches * layers + gathered_once(leaves, fsdp))

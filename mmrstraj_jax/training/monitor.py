@@ -15,6 +15,7 @@ import tqdm
 from mmrstraj_jax.config import OptimConfig
 from mmrstraj_jax.training.optimizer import GROUPS, Tree, group_of, moment_bytes
 from mmrstraj_jax.training.sinks import Background, TensorBoard, WandB
+from mmrstraj_jax.training.state import num_bytes
 
 PARTS = ("vision_tower", "multi_modal_projector", "image_newline", "language_model")
 
@@ -73,8 +74,8 @@ def parameter_table(trainable: Tree, frozen: Tree, config: OptimConfig) -> list[
             leaves = {name: leaf for name, leaf in tree.items() if name.split(".")[0] == part}
             if not leaves:
                 continue
-            count = sum(leaf.size for leaf in leaves.values())
-            size = sum(leaf.nbytes for leaf in leaves.values())
+            count = sum(leaf.size for name, leaf in leaves.items() if not name.endswith(".weight_scale"))
+            size = sum(map(num_bytes, leaves.values()))
             kind = ""
             if trains:
                 size += moment_bytes(leaves) + 4 * count

@@ -28,6 +28,7 @@ from mmrstraj_jax.errors import UserError
 from mmrstraj_jax.models.layers import Linear, Trainable
 from mmrstraj_jax.models.lora import add_lora, merge_lora, train_in_full
 from mmrstraj_jax.models.mmrstraj import MMRSTraj
+from mmrstraj_jax.models.quantized import quantize_linears
 from mmrstraj_jax.training import state as states
 from mmrstraj_jax.training.checkpoint import UNREADABLE, read_trainable
 from mmrstraj_jax.weights.load import load_model, with_feature_layer
@@ -215,6 +216,12 @@ def attach(model: MMRSTraj, config: Config) -> None:
     add_lora(model, config.lora, jax.random.fold_in(jax.random.key(config.seed), 1))
 
 
+def _store(model: MMRSTraj, config: Config) -> None:
+    """Training only: whoever opens a run to ask or to export it gets the language model in full."""
+    if config.quantize_llm != "none":
+        quantize_linears(model.language_model.layers, config.quantize_llm)
+
+
 def freeze(model: MMRSTraj, dtype: jnp.dtype) -> None:
     """Turns every Trainable into a plain parameter of this dtype, in place; adapters must be merged
     before.
@@ -243,6 +250,7 @@ def start(config: Config, mesh: Mesh | None = None) -> Start:
             "the projector is fresh, and LoRA cannot align it: run stage 0 first "
             "(--config stage0_align with the same --weights), then this with --init-from its run directory"
         )
+    _store(found.model, config)
     return found
 
 
@@ -304,6 +312,7 @@ def reopen(run_dir: Path, config: Config, mesh: Mesh | None = None) -> Start:
     base = read_json(run_dir / "base.json")
     loaded, base = _load_base(base, jnp.dtype(config.dtype), None, mesh)
     attach(loaded.model, config)
+    _store(loaded.model, config)
     tokenizer = run_dir / "tokenizer"
     return Start(loaded.model, loaded.config, policy_of(config, loaded.config), tokenizer, base)
 

@@ -27,6 +27,13 @@ def merge(graphdef: nnx.GraphDef, *trees: Tree) -> nnx.Module:
     return nnx.merge(graphdef, traverse_util.unflatten_dict(leaves, sep="."))
 
 
+def num_bytes(leaf: Array | jax.ShapeDtypeStruct) -> int:
+    """Bytes on a device, where two 4-bit numbers share one (`nbytes` counts one each)."""
+    if jnp.issubdtype(leaf.dtype, jnp.integer):
+        return leaf.size * jnp.iinfo(leaf.dtype).bits // 8
+    return leaf.size * leaf.dtype.itemsize
+
+
 _UINT = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
@@ -36,7 +43,9 @@ def _leaf_checksum(leaf: Array) -> UInt32[Array, " 2"]:
 
     An odd factor makes every single changed bit visible; the position in it makes swapped values visible.
     """
-    bits = jax.lax.bitcast_convert_type(leaf, _UINT[leaf.dtype.itemsize]).astype(jnp.uint32)
+    if not jnp.issubdtype(leaf.dtype, jnp.integer):
+        leaf = jax.lax.bitcast_convert_type(leaf, _UINT[leaf.dtype.itemsize])
+    bits = leaf.astype(jnp.uint32)
     index, stride = jnp.zeros((), jnp.uint32), 1
     for axis in reversed(range(leaf.ndim)):  # built per axis: a reshape would gather a sharded leaf
         iota = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
