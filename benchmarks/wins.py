@@ -32,6 +32,7 @@ WINS = {
     "frozen-weights": Win(
         ROW | {"remat": "dots"}, {"gradients of frozen weights": ["--without", "frozen-weights"]}
     ),
+    "last-layer": Win(ROW | {"remat": "dots"}, {"last layer of every token": ["--without", "last-layer"]}),
     "remat": Win(
         ROW | {"remat": "block"}, {"remat none": ["--remat", "none"], "remat dots": ["--remat", "dots"]}
     ),
@@ -42,6 +43,10 @@ WINS = {
     "last-token": Win({"kind": "prefill"}, {"last layer of every token": ["--without", "last-token"]}),
     "compiled-loop": Win({"kind": "decode"}, {"a host loop, cache copied": ["--without", "compiled-loop"]}),
     "layout": Win({"kind": "decode"}, {"layers in one stack": ["--without", "layout"]}),
+    "early-stop": Win({"kind": "answer", "batch": 4}, {"the loop runs on": ["--without", "early-stop"]}),
+    "fused-attention": Win(
+        ROW | {"views": 5, "remat": "dots"}, {"scores in memory": ["--without", "fused-attention"]}
+    ),
     "uint8": Win({"kind": "transfer", "views": 25}, {"float32 pixels": ["--without", "uint8"]}),
 }
 
@@ -51,7 +56,7 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--size", choices=tuple(workloads.SIZES), default="mini")
-    parser.add_argument("--only", default=",".join(WINS), help="default: %(default)s")
+    parser.add_argument("--only", default=",".join(WINS), help="default: all that the device has")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32; GPU: bfloat16")
     parser.add_argument("--pairs", type=int, default=9, help="rounds; default: %(default)s")
@@ -60,6 +65,8 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     args.dtype = args.dtype or ("bfloat16" if args.device == "gpu" else "float32")
     args.only = [name for name in args.only.split(",") if name]
+    if args.device == "cpu" and "fused-attention" in args.only:
+        args.only.remove("fused-attention")  # cuDNN's; on a CPU both sides would be the same
     if not args.only or set(args.only) - set(WINS):
         parser.error(f"--only {','.join(args.only)}: expected some of {', '.join(WINS)}")
     if args.pairs < 5:

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from mmrstraj_jax.models.qwen2 import _scores
+from mmrstraj_jax.models.qwen2 import _scores, along_rows
 from mmrstraj_jax.training.loss import MAX_LOGITS, chunk_positions, row_coefficients, supervised_loss
 
 B, L, K, H, W = 3, 9, 7, 8, 20
@@ -25,7 +25,8 @@ def case():
 
 def loss(hidden, head, positions, targets, weights, answer=None, chunk=K):
     answer = weights > 0 if answer is None else answer
-    arrays = [jnp.asarray(x) for x in (positions, targets, weights, answer)]
+    arrays = [jnp.asarray(x) for x in (targets, weights, answer)]
+    hidden = along_rows(hidden, jnp.asarray(positions))
     return supervised_loss(lambda h: h @ head.T, hidden, *arrays, chunk=chunk)
 
 

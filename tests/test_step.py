@@ -10,6 +10,7 @@ import pytest
 import training_case as case
 
 from mmrstraj_jax.training import state as states
+from mmrstraj_jax.training import step as steps
 from mmrstraj_jax.training.optimizer import Optimizer
 from mmrstraj_jax.training.step import build_eval_step, build_step
 
@@ -72,6 +73,33 @@ def test_loss_is_the_token_mean_of_the_model():
         True,
     ]
     assert EVALUATE._cache_size() == 1
+
+
+@pytest.mark.parametrize("remat", ["none", "block", "dots"])
+def test_the_last_layer_asks_for_the_supervised_positions_alone(remat, monkeypatch):
+    """The same loss and gradients, dropout included, as with queries and MLP of every token."""
+    config = case.config(train_full=("newline",), remat=remat)
+    batch = case.stacked(case.batch(length=32, num_targets=6), 2)
+
+    def computed():
+        def compute(trainable):  # a function of its own each time: traces are kept by function
+            return steps.gradients(GRAPHDEF, config, trainable, FROZEN, batch, 3)
+
+        return jax.jit(compute)(TRAINABLE), str(jax.make_jaxpr(compute)(TRAINABLE))
+
+    short, program = computed()
+    monkeypatch.setattr(steps, "last_layer_is_short", lambda *_: False)
+    whole, program_of_all = computed()
+    close(short, whole, atol=2e-6)
+    mlp = "f32[2,6,24]"  # rows of a micro-batch, targets, width
+    assert mlp in program and mlp not in program_of_all
+
+
+def test_the_last_layer_is_whole_where_that_is_cheaper():
+    few, many = (case.batch(length=32, num_targets=number) for number in (8, 9))
+    assert steps.last_layer_is_short(few, TRAINABLE) and not steps.last_layer_is_short(many, TRAINABLE)
+    adapters, in_full = ({f"language_model.layers.mlp.up_proj.{x}"} for x in ("lora_A", "weight"))
+    assert steps.last_layer_is_short(few, adapters) and not steps.last_layer_is_short(few, in_full)
 
 
 def test_rows_of_weight_zero_do_not_count():

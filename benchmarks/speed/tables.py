@@ -50,10 +50,11 @@ def work(item: Item, tokens: int = 1) -> dict[str, float]:
     if item.kind == "transfer":
         return {"flops": 0.0, "bytes": float(workloads.pixels(item).nbytes)}
     if item.kind == "train":
-        each = flops.of_row(model, item.views, item.length, item.sizes.supervised)
+        each = short_last_layer(item, item.sizes.supervised)
         config = Config(remat=item.remat, dtype=item.dtype)  # with the paper's LoRA
         return {"flops": item.batch * each.training(config)}
-    if item.kind == "decode":
+    if item.kind in ("decode", "answer"):
+        tokens = workloads.ANSWER if item.kind == "answer" else tokens
         text = model.text
         slot = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
         cache = slot * item.length * item.batch
@@ -61,14 +62,27 @@ def work(item: Item, tokens: int = 1) -> dict[str, float]:
             "flops": 2.0 * tokens * item.batch * (count.decoder + count.head),
             "bytes": float(tokens * itemsize * (count.decoder + count.head + cache)),
         }
-    each = flops.of_row(model, item.views, item.length if item.kind == "prefill" else 0, 1)
     if item.kind == "vision":
+        each = flops.of_row(model, item.views, 0, 0)
         return {"flops": each.tower_linear + each.tower_attention + each.projector}
-    text = model.text  # of the last layer only keys and values are needed of every token
-    skipped = flops.decoder_layer(text) - 2 * text.hidden_size * text.num_key_value_heads * text.head_dim
-    share = 1 - skipped / flops.decoder_layer(text) / text.num_hidden_layers
-    attention = each.decoder_attention * (1 - 1 / text.num_hidden_layers)
-    return {"flops": share * each.decoder_linear + attention + each.head}
+    each = short_last_layer(item, 1)
+    return {"flops": each.decoder_linear + each.decoder_attention + each.head}
+
+
+def short_last_layer(item: Item, wanted: int) -> flops.Flops:
+    """FLOPs of a row whose last decoder layer computes queries and MLP of `wanted` tokens alone."""
+    text = item.model.text
+    each = flops.of_row(item.model, item.views, item.length, wanted)
+    if 4 * wanted > item.length:  # as training decides (training.step.last_layer_is_short)
+        return each
+    keys = 2 * text.hidden_size * text.num_key_value_heads * text.head_dim
+    skipped = (1 - keys / flops.decoder_layer(text)) / text.num_hidden_layers
+    rest = wanted / item.length
+    return dataclasses.replace(
+        each,
+        decoder_linear=each.decoder_linear * (1 - skipped * (1 - rest)),
+        decoder_attention=each.decoder_attention * (1 - (1 - 2 * rest) / text.num_hidden_layers),
+    )
 
 
 def bound(result: dict[str, Any]) -> tuple[str, float]:

@@ -1,7 +1,7 @@
 """The JAX side without one of its savings: "before" of benchmarks/wins.py. A child like speed.ours.
 
-Also the two workloads that only wins.py has: a stream of rows of different sizes, and pixels on their way to
-the device.
+Also the workloads that only wins.py has: a stream of rows of different sizes, whole short answers, and pixels
+on their way to the device.
 """
 
 import argparse
@@ -17,11 +17,15 @@ import numpy as np
 import optax
 from flax import nnx
 
+from mmrstraj_jax import parallel
 from mmrstraj_jax.inference import decoding
-from mmrstraj_jax.inference.decoding import SLOT_MULTIPLE, laid_out, round_up
+from mmrstraj_jax.inference.decoding import SLOT_MULTIPLE, Decoder, laid_out, round_up
+from mmrstraj_jax.inference.options import DecodeOptions
+from mmrstraj_jax.models import attention as attention_module
 from mmrstraj_jax.models import layers, qwen2, siglip
 from mmrstraj_jax.models.attention import attention
 from mmrstraj_jax.models.qwen2 import init_cache
+from mmrstraj_jax.training import step as training_step
 from mmrstraj_jax.training.step import gradients
 from speed import child, ours, workloads
 from speed.workloads import Item
@@ -99,6 +103,14 @@ class EveryPosition(ours.Train):
         }
         self.batch = self.on_device(micro | everywhere)
         self.program = ours.Program(self.function(), *self.arguments(self.batch))
+
+
+class WholeLastLayer(ours.Train):
+    """The last layer's queries and MLP of every token."""
+
+    def prepare(self) -> None:
+        training_step.last_layer_is_short = lambda batch, trainable: False
+        super().prepare()
 
 
 class AllGradients(ours.Train):
@@ -190,6 +202,38 @@ class Stacked(ours.Decode):
         super().__init__(item, budget)
 
 
+class Answer:
+    """Whole answers of workloads.ANSWER tokens, prompt included; rows that are done end the compiled loop."""
+
+    budget = workloads.ANSWER
+
+    def __init__(self, item: Item):
+        self.decoder, self.item = Decoder(ours.build(item), (), parallel.local_mesh()), item
+        self.options = DecodeOptions(max_new_tokens=self.budget)
+
+    def step(self) -> np.ndarray:
+        prompt, ids = ours.text_inputs(self.item), workloads.token_ids(self.item)
+        pieces = self.decoder.tokens(prompt, ids, self.options)
+        return np.concatenate(list(pieces), axis=1)[:, : workloads.ANSWER]
+
+    def outputs(self) -> dict[str, Any]:
+        return {"ids": self.step()}
+
+
+class WholeLoop(Answer):
+    """The loop runs to its end, and what is behind the answer is thrown away."""
+
+    budget = workloads.DECODE_TOKENS + 1
+
+
+class MaterialisedScores(ours.Train):
+    """XLA's attention on a GPU, its scores in memory."""
+
+    def __init__(self, item: Item):
+        attention_module.uses_cudnn = lambda dtype: False
+        super().__init__(item)
+
+
 class Transfer:
     """Views of one large image from the host's memory into the tower's numbers, as uint8."""
 
@@ -217,17 +261,20 @@ class FloatTransfer(Transfer):
 WITHOUT = {  # what is given up -> the kinds that change
     "supervised-positions": {"train": EveryPosition},
     "frozen-weights": {"train": AllGradients},
+    "last-layer": {"train": WholeLastLayer},
     "scan": {"train": Unrolled},
     "last-token": {"prefill": EveryQuery},
     "buckets": {"stream": PaddedStream},
     "compiled-loop": {"decode": HostLoop},
     "layout": {"decode": Stacked},
+    "early-stop": {"answer": WholeLoop},
+    "fused-attention": {"train": MaterialisedScores},
     "uint8": {"transfer": FloatTransfer},
 }
 
 
 class Side(ours.Side):
-    kinds = ours.Side.kinds | {"stream": Stream, "transfer": Transfer}
+    kinds = ours.Side.kinds | {"stream": Stream, "answer": Answer, "transfer": Transfer}
 
     def __init__(self, without: str | None, remat: str | None):
         self.kinds = self.kinds | WITHOUT.get(without, {})

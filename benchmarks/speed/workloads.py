@@ -18,6 +18,7 @@ from mmrstraj_jax.config import MODEL_PRESETS, ModelConfig
 RANK, ALPHA = 8, 16.0
 LEARNING_RATE = 1e-4
 DECODE_TOKENS = 32  # of one timed decode: inference.decoding.CHUNK
+ANSWER = 8  # tokens of a whole answer of wins.py
 _NOISE = 1_048_573  # prime, so that no two rows of a matrix are the same
 
 

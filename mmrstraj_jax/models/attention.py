@@ -19,6 +19,7 @@ def attention(
     is_causal: bool,
     kv_lengths: Int[Array, " B"] | None = None,
     segment_ids: Int[Array, "B L"] | None = None,
+    q_at: Int[Array, "B Lq"] | None = None,
 ) -> Float[Array, "B Lq Hq D"]:
     """Dot-product attention, scale D^-0.5, softmax in float32; query head g reads KV head g // (Hq / Hkv).
 
@@ -26,13 +27,20 @@ def attention(
         q, k, v: queries, keys and values, heads on axis 2.
         is_causal: query i sees keys 0..i. Right padding then needs no mask: no valid query sees it.
         kv_lengths: valid keys per row (decoding from a cache).
-        segment_ids: packed rows: a token sees its own segment only (needs Lq = Lk; not where `uses_cudnn`).
+        segment_ids: packed rows: a token sees its own segment only (not where `uses_cudnn`).
+        q_at: which tokens ask, where not all do; each sees the keys up to its own. For few of them: XLA's
+            scores [B, Hq, Lq, Lk] are cheaper then than all queries of cuDNN.
     """
-    cudnn = uses_cudnn(q.dtype)
+    cudnn = uses_cudnn(q.dtype) and q_at is None
     mask: Bool[Array, "B 1 Lq Lk"] | None = None
+    if q_at is not None:
+        assert is_causal
+        mask, is_causal = (jnp.arange(k.shape[1]) <= q_at[..., None])[:, None], False
     if segment_ids is not None:
         assert not cudnn, "packed rows need XLA attention"
-        mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+        asking = segment_ids if q_at is None else jnp.take_along_axis(segment_ids, q_at, axis=1)
+        same = (asking[:, :, None] == segment_ids[:, None, :])[:, None]
+        mask = same if mask is None else mask & same
     return jax.nn.dot_product_attention(
         q,
         k,

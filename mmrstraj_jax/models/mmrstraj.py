@@ -79,19 +79,26 @@ class MMRSTraj(nnx.Module):
         return merge_with_text(text, pool, inputs.visual_index)
 
     def hidden_states(
-        self, inputs: Inputs, key: Key[Array, ""] | None = None, **how
-    ) -> Float[Array, "B L H"]:
+        self,
+        inputs: Inputs,
+        key: Key[Array, ""] | None = None,
+        *,
+        at: Int[Array, "B Q"] | None = None,
+        **how,
+    ) -> Float[Array, "B Q H"]:
         """Normed hidden states of whole rows.
 
         Args:
             key: dropout key of the step; each row's own is fold_in(key, sample_index). None: no dropout.
+            at: the tokens that are wanted; None: all, Q = L.
             how: remat, unroll, mesh of layers.scan_layers.
         """
         x = self.embed(inputs, key, **how)
         keys = None
         if key is not None:  # another stream than the tower's
             keys = jax.vmap(lambda row: jax.random.fold_in(row, 2**31 - 1))(self._row_keys(inputs, key))
-        return self.language_model(x, keys, segment_ids=inputs.segment_ids, positions=inputs.positions, **how)
+        packed = {"segment_ids": inputs.segment_ids, "positions": inputs.positions}
+        return self.language_model(x, keys, **packed, at=at, **how)
 
     def logits(self, hidden: Float[Array, "*N H"]) -> Float[Array, "*N W"]:
         """float32 logits of chosen hidden states."""

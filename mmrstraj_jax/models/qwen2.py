@@ -166,27 +166,41 @@ class Qwen2(nnx.Module):
         *,
         segment_ids: Int[Array, "B L"] | None = None,
         positions: Int[Array, "B L"] | None = None,
+        at: Int[Array, "B Q"] | None = None,
         **how,
-    ) -> Float[Array, "B L H"]:
+    ) -> Float[Array, "B Q H"]:
         """Normed hidden states of whole rows, padded on the right (no valid token sees the padding).
 
         Args:
             x: embeddings.
             keys: one LoRA dropout key per row, or None.
             segment_ids, positions: packed rows only; positions default to 0..L-1.
+            at: the tokens that are wanted; None: all, Q = L. The last layer's queries and MLP are of them
+                alone.
             how: remat, unroll, mesh of layers.scan_layers.
         """
         rope = self._rope(x, positions)
 
-        def attend(q, k, v):
-            return attention(q, k, v, is_causal=True, segment_ids=segment_ids)
+        def run(layer: DecoderLayer, x, index, at=None):
+            def attend(q, k, v):
+                return attention(q, k, v, is_causal=True, segment_ids=segment_ids, q_at=at)
+
+            layer_keys = None if keys is None else jax.vmap(lambda key: jax.random.fold_in(key, index))(keys)
+            return layer(x, attend, rope, layer_keys, at)
 
         def body(layer: DecoderLayer, x, index):
-            layer_keys = None if keys is None else jax.vmap(lambda key: jax.random.fold_in(key, index))(keys)
-            return layer(x, attend, rope, layer_keys), None
+            return run(layer, x, index), None
 
-        x, _ = scan_layers(body, self.layers, x, last=self.config.num_hidden_layers, **how)
-        return self.norm(x)
+        def last(layer: DecoderLayer, x, index):
+            return x, run(layer, x, index, at)
+
+        count = self.config.num_hidden_layers
+        if at is None:
+            x, _ = scan_layers(body, self.layers, x, last=count, **how)
+            return self.norm(x)
+        x, _ = scan_layers(body, self.layers, x, last=count - 1, **how)
+        _, wanted = scan_layers(last, self.layers, x, first=count - 1, last=count, **how)
+        return self.norm(wanted[0])
 
     def prefill(
         self, x: Float[Array, "B L H"], lengths: Int[Array, " B"], cache: KVCache

@@ -25,7 +25,8 @@ from mmrstraj_jax.models.token_reduction import merge_with_text, visual_pool
 from mmrstraj_jax.planning import flops
 from mmrstraj_jax.planning.program import abstract_batch, abstract_model
 from mmrstraj_jax.training.loss import chunk_positions
-from mmrstraj_jax.training.state import merge
+from mmrstraj_jax.training.state import merge, num_bytes
+from mmrstraj_jax.training.step import last_layer_is_short
 
 # Alive at once in the backward pass of a chunk of logits: the logits, their exponentials, their gradient.
 LOGIT_COPIES = 3
@@ -155,8 +156,8 @@ def _phases(config: Config, model: ModelConfig, shape: Shape, rows: int, fused: 
     def encoder(layer, x, keys):
         return layer(x, keys)
 
-    def decoder(layer, x, rope, keys):
-        return layer(x, lambda q, k, v: attention(q, k, v, is_causal=True), rope, keys)
+    def decoder(layer, x, rope, keys, at=None):
+        return layer(x, lambda q, k, v: attention(q, k, v, is_causal=True, q_at=at), rope, keys, at)
 
     half = jax.ShapeDtypeStruct((rows, length, 1, text.head_dim // 2), dtype)
     blocks = {
@@ -173,12 +174,19 @@ def _phases(config: Config, model: ModelConfig, shape: Shape, rows: int, fused: 
         block = _Block(apply, stacked, args, heads if fused else 0)
         saved[name] = layers[name] * block.kept(config.remat)
         live[name] = block.workspace(config.remat)
+    asked = token
+    if last_layer_is_short(batch, found.trainable):
+        asked = jax.ShapeDtypeStruct((*batch["positions"].shape, text.hidden_size), dtype)
+        args = *blocks["decoder"][2], batch["positions"]
+        last = _Block(decoder, whole.language_model.layers, args, 0)  # its few queries: scores, as on a CPU
+        saved["decoder"] += last.kept(config.remat) - saved["decoder"] // layers["decoder"]
+        live["decoder"] = max(live["decoder"], last.workspace(config.remat))
     if not flops.tower_trains(config):  # no gradient goes through it: it runs forward only, and keeps nothing
         saved["tower"] = 0
 
     joined = _joining(whole, batch, dtype, keys[count])
     head = rows * chunk_positions(rows, batch["positions"].shape[1], text.vocab_size) * text.vocab_size * 4
-    hidden = _bytes(token)
+    hidden = _bytes(asked)
     vision_saved = {"saved by the tower": saved["tower"], "saved by projector and merge": joined}
     pixels = 4 * math.prod(inputs.views.shape)
     return [
@@ -296,12 +304,10 @@ def _first(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
 
 
-def _itemsize(dtype: Any) -> int:
-    return 8 if jnp.issubdtype(dtype, jax.dtypes.prng_key) else jnp.dtype(dtype).itemsize
-
-
 def _bytes(tree: Any) -> int:
-    return sum(math.prod(leaf.shape) * _itemsize(leaf.dtype) for leaf in jax.tree.leaves(tree))
+    is_key = [jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in jax.tree.leaves(tree)]
+    leaves = zip(jax.tree.leaves(tree), is_key, strict=True)
+    return sum(8 * math.prod(leaf.shape) if key else num_bytes(leaf) for leaf, key in leaves)
 
 
 def _sharded_bytes(tree: dict[str, jax.ShapeDtypeStruct], fsdp: int) -> int:

@@ -1,7 +1,7 @@
 """Cross-entropy on supervised positions only; the full [B, L, W] logits never exist.
 
-The host finds the supervised positions (`data/collate.py`); here they are gathered along each row, never
-across the sharded batch axis, and scored a chunk at a time.
+The host finds the supervised positions (`data/collate.py`), the model gives their hidden states, and here
+they are scored a chunk at a time.
 Legend: A micro-batches, B rows, L tokens, K supervised positions a row (padded), H hidden, W vocabulary.
 """
 
@@ -31,8 +31,7 @@ def chunk_positions(num_rows: int, num_positions: int, vocab_size: int) -> int:
 
 def supervised_loss(
     logits: Callable[[Float[Array, "B C H"]], Float[Array, "B C W"]],
-    hidden: Float[Array, "B L H"],
-    positions: Int[Array, "B K"],
+    hidden: Float[Array, "B K H"],
     targets: Int[Array, "B K"],
     weights: Float[Array, "B K"],
     answer: Bool[Array, "B K"],
@@ -43,23 +42,25 @@ def supervised_loss(
 
     Args:
         logits: float32 logits of hidden states (MMRSTraj.logits).
-        hidden: normed hidden states.
-        positions: where each target is predicted from, i.e. one before it.
+        hidden: normed hidden states of where each target is predicted from, one token before it.
         targets: token ids; anything valid where the weight is 0.
         weights: 1 per supervised target, 0 for padding.
         answer: the targets that count for `correct` (the answer and its end, without the template).
         chunk: positions scored at once (`chunk_positions`); recomputed in the backward pass.
     """
-    rows, num_positions = positions.shape
-    pad = -num_positions % chunk
-    padded = [jnp.pad(x, ((0, 0), (0, pad))) for x in (positions, targets, weights, answer)]
-    chunks = [jnp.moveaxis(x.reshape(rows, -1, chunk), 1, 0) for x in padded]
+    rows, num_positions = targets.shape
+
+    def in_chunks(x):
+        x = jnp.pad(x, ((0, 0), (0, -num_positions % chunk), *[(0, 0)] * (x.ndim - 2)))
+        return jnp.moveaxis(x.reshape(rows, -1, chunk, *x.shape[2:]), 1, 0)
+
+    chunks = [in_chunks(x) for x in (hidden, targets, weights, answer)]
 
     @jax.checkpoint
     def score(carry, scanned):
         nll, correct = carry
-        positions, targets, weights, answer = scanned
-        scores_BCW = logits(jnp.take_along_axis(hidden, positions[..., None], axis=1)).astype(jnp.float32)
+        hidden, targets, weights, answer = scanned
+        scores_BCW = logits(hidden).astype(jnp.float32)
         target_scores = jnp.take_along_axis(scores_BCW, targets[..., None], axis=-1)[..., 0]
         losses = jax.nn.logsumexp(scores_BCW, axis=-1) - target_scores
         # where, not times: a non-finite loss at a padded position must not become 0 x inf

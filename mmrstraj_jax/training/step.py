@@ -4,7 +4,7 @@ Both are a single jax.jit over pure functions of flat trees. A: micro-batches, B
 devices.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypedDict
 
 import jax
@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from mmrstraj_jax import parallel
 from mmrstraj_jax.config import Config
 from mmrstraj_jax.models.mmrstraj import Inputs
+from mmrstraj_jax.models.qwen2 import along_rows
 from mmrstraj_jax.training.loss import RowLoss, chunk_positions, row_coefficients, supervised_loss
 from mmrstraj_jax.training.optimizer import Optimizer, OptState, Tree
 from mmrstraj_jax.training.state import merge
@@ -36,6 +37,17 @@ class Batch(TypedDict):
 TrainStep = Callable[[Tree, OptState, Tree, Batch, int], tuple[Tree, OptState, dict[str, Array]]]
 
 
+def last_layer_is_short(batch: Batch, trainable: Iterable[str]) -> bool:
+    """Whether the last decoder layer asks for the supervised positions alone.
+
+    They must be few, as their scores are materialised; and the layer's own weights frozen: it is looked up in
+    the stack, whose gradient would be a whole stack for one layer.
+    """
+    few = 4 * batch["positions"].shape[-1] <= batch["inputs"].input_ids.shape[-1]
+    stack = "language_model.layers."
+    return few and not any(name.startswith(stack) and ".lora_" not in name for name in trainable)
+
+
 def _row_loss(
     graphdef: nnx.GraphDef,
     trainable: Tree,
@@ -47,12 +59,15 @@ def _row_loss(
 ) -> RowLoss:
     """mesh: of weights that are split (parallel.weights_mesh)."""
     model = merge(graphdef, parallel.gather_unstacked(trainable | frozen, mesh))
-    hidden = model.hidden_states(batch["inputs"], key, remat=remat, mesh=mesh)
+    how = {"remat": remat, "mesh": mesh}
+    if last_layer_is_short(batch, trainable):
+        hidden = model.hidden_states(batch["inputs"], key, at=batch["positions"], **how)
+    else:
+        hidden = along_rows(model.hidden_states(batch["inputs"], key, **how), batch["positions"])
     vocab_size = model.language_model.config.vocab_size
     return supervised_loss(
         model.logits,
         hidden,
-        batch["positions"],
         batch["targets"],
         batch["weights"],
         batch["answer"],

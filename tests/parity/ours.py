@@ -15,6 +15,7 @@ from mmrstraj_jax.data.chat import IGNORE
 from mmrstraj_jax.data.collate import Example, Shape, batch
 from mmrstraj_jax.inference import prompts
 from mmrstraj_jax.models.lora import add_lora
+from mmrstraj_jax.models.qwen2 import along_rows
 from mmrstraj_jax.training import state
 from mmrstraj_jax.training.loss import supervised_loss
 from mmrstraj_jax.training.optimizer import Optimizer
@@ -54,8 +55,12 @@ def _forward(graphdef, params, micro):
     inputs = micro["inputs"]
     pool = model.visual_pool(inputs)
     hidden = model.hidden_states(inputs)
-    score = (micro[key] for key in ("positions", "targets", "weights", "answer"))
-    return pool, model.logits(hidden), supervised_loss(model.logits, hidden, *score, chunk=4)
+    wanted, *score = (micro[key] for key in ("positions", "targets", "weights", "answer"))
+    return (
+        pool,
+        model.logits(hidden),
+        supervised_loss(model.logits, along_rows(hidden, wanted), *score, chunk=4),
+    )
 
 
 def run(model: Model, samples: list[cases.Sample]) -> list[Output]:
