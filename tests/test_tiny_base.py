@@ -53,7 +53,7 @@ def test_packed_questions_are_single_turn_questions(tokenizer):
 
 @pytest.mark.parametrize("size", [(224, 224), (336, 224), (112, 112)])
 def test_pointing_is_at_rest_where_attention_is_on_the_thing(tokenizer, size):
-    """Base and crop tokens over a place share the attention of two things; anything else costs."""
+    """One head on the base view's token over the first thing, one on the crop's; anything else costs."""
     plan = anyres.plan(*size, POLICY)
     tokens = pointing.TokenPlaces.of(plan, len(Prefix.of(plan, tokenizer).ids))
     image = tokens.reach[:, 0] > 0
@@ -71,13 +71,13 @@ def test_pointing_is_at_rest_where_attention_is_on_the_thing(tokenizer, size):
 
     looks = np.zeros((1, 4, 3, 3, len(image)), np.float32)
     for question in range(4):
-        for head, point, crop in ((0, place, False), (1, place, True), (2, other, False)):
-            looks[0, question, :, head, nearest(point, crop)] = 1.0
+        for head, crop in ((0, False), (1, True)):
+            looks[0, question, :, head, nearest(place, crop)] = 1.0
     loss = pointing.pointing_loss(looks, places, weights, tokens)
     np.testing.assert_allclose(loss, 0.0, atol=1e-3)
-    looks[0, 1, 0, 2] = 0.0  # the second thing of the second question is overlooked
+    looks[0, 1, 0, 1] = 0.0  # the crops are overlooked
     assert pointing.pointing_loss(looks, places, weights, tokens) > 1.0
-    looks[0, 1, 0, 2, nearest(other, False)] = 1.0
+    looks[0, 1, 0, 1, nearest(place, True)] = 1.0
     looks[0, :, 1:] = 0.0  # where the end is predicted, and where nothing is, is nobody's business
     looks[0, 2:] = 0.0
     np.testing.assert_allclose(pointing.pointing_loss(looks, places, weights, tokens), 0.0, atol=1e-3)
@@ -86,6 +86,28 @@ def test_pointing_is_at_rest_where_attention_is_on_the_thing(tokenizer, size):
 def test_short_questions_state_their_facts(tokenizer):
     short = tiny_text.stated_rows(tokenizer)
     assert len(short.ids) > 0.85 * tiny_text.STATED_ROWS and short.weights.any(-1).all()
+
+
+def test_shown_words_stand_on_image_tokens_and_are_asked_about(tokenizer, monkeypatch):
+    """Some images are shown words instead of what they hold; the others stay as they were."""
+    monkeypatch.setattr(tiny_text, "SHOWN_ROWS", 40)
+    prefix = Prefix.of(anyres.plan(224, 224, POLICY), tokenizer)
+    shown = tiny_text.ShownFacts.of(tokenizer, prefix.num_ids, 3)
+    assert len(shown.words) > 10 and shown.questions.weights.any(-1).all()
+    assert all(tokenizer.decode(words[words >= 0].tolist()).strip() for words in shown.words)
+    plain = pack([segment([turn], tokenizer, prefix.num_ids, "clean") for turn in [*TURNS, TURNS[0]]], 26, 6)
+    rows = 200
+    asked = type(plain)(*(np.tile(x[None], (rows, 1, 1)).astype(np.int32) for x in plain))
+    talk = type(plain)(*(np.ones((rows, 1, 160), np.int32) for _ in plain))
+    places = np.zeros((rows, 3, 4, 2), np.float32)
+    image = np.flatnonzero(prefix.visual_index >= 0)
+    said = shown.show((asked, places, talk), image, np.random.default_rng(0))
+    chosen = said.scale.any(-1)
+    assert 0.08 < chosen.mean() < 0.25
+    assert ((said.words >= 0) == (said.scale > 0)).all() and np.isin(said.slots, image).all()
+    assert (talk.weights.any((1, 2)) == ~chosen).all() and (np.isnan(places).all((1, 2, 3)) == chosen).all()
+    changed = (asked.ids != plain.ids).any((1, 2))
+    assert (changed == chosen).all()
 
 
 def test_segments_that_do_not_fit_weigh_nothing(tokenizer):

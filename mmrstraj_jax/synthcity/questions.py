@@ -303,7 +303,10 @@ def reasoning(t: Truth, s: Stream) -> Iterator[Question]:
 
 
 def drills(t: Truth, s: Stream) -> Iterator[Question]:
-    """Training only: yes/no, counts and lists by cell and by half, which teach places and counting."""
+    """Training only: yes/no, counts and lists by cell and by half, which teach places and counting; and more
+    pairs of areas."""
+    for _ in range(2):
+        yield from area_comp(t, s)
     names = s.shuffled(named(t))
     for (one, first), (two, second) in itertools.pairwise(names):
         axis = s.choice(("left of", "right of", "above", "below"))

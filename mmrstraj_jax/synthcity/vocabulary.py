@@ -38,6 +38,15 @@ def text_row(s: Stream) -> list[tuple[str, str]]:
     return [(f"{stated}\n{first}", answer), *rest]
 
 
+def shown_facts(s: Stream) -> tuple[str, list[tuple[str, str]]]:
+    """Bare words of made-up facts, to stand among the image tokens, and all questions that they answer."""
+    while True:
+        facts = _made_up(s)
+        found = [(q.question, q.answer) for q in s.shuffled(list(questions(facts, s)))]
+        if len(found) >= 3:
+            return _tags(facts, s), found
+
+
 def stated_question(s: Stream) -> tuple[str, str]:
     """One question, and its answer, on facts that it states itself: mostly numbers, else bare words."""
     while True:

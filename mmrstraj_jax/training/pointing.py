@@ -2,8 +2,9 @@
 
 The look-up of one object among the image tokens does not form in an hour from answers alone. The world knows
 where the objects are, so the attention of one layer is trained on it: head 0 looks at the first thing that a
-question names in the base view, head 1 at the same in the crops, head 2 at the second thing.
-Legend: B images, Q questions, K supervised positions, P prefix tokens, G things, N places of a thing.
+question names in the base view, head 1 at the same in the crops. The third is left to averages, which areas
+and counts are read from.
+Legend: B images, Q questions, K supervised positions, P prefix tokens, N places of a thing.
 """
 
 from typing import NamedTuple
@@ -15,8 +16,7 @@ from jaxtyping import Array, Bool, Float
 from mmrstraj_jax.data.anyres import Plan
 
 MOST_PLACES = 4  # a thing with more of them is not pointed at
-THINGS = 2  # of a question
-_HEADS = ((0, "base", 0), (1, "crop", 0), (2, "base", 1))  # (head, tokens it looks at, thing)
+_HEADS = ("base", "crop")  # which tokens head 0, 1 look at
 
 
 class TokenPlaces(NamedTuple):
@@ -48,19 +48,18 @@ def _grid(rows: int, columns: int) -> Float[np.ndarray, "cells 4"]:
     return np.concatenate([np.stack([u, v], -1).reshape(-1, 2), reach], axis=1)
 
 
-def pack_places(places: list[list]) -> Float[np.ndarray, "M G N 2"]:
-    """Question.places of the questions of one image; NaN where there is nothing to look at."""
-    packed = np.full((len(places), THINGS, MOST_PLACES, 2), np.nan, np.float16)
+def pack_places(places: list[list]) -> Float[np.ndarray, "M N 2"]:
+    """The first of Question.places of each question of an image; NaN where there is nothing to look at."""
+    packed = np.full((len(places), MOST_PLACES, 2), np.nan, np.float16)
     for row, things in enumerate(places):
-        for thing, points in enumerate(things):
-            if 0 < len(points) <= MOST_PLACES:
-                packed[row, thing, : len(points)] = points
+        if things and 0 < len(things[0]) <= MOST_PLACES:
+            packed[row, : len(things[0])] = things[0]
     return packed
 
 
 def pointing_loss(
     looks: Float[Array, "B Q K heads P"],
-    places: Float[Array, "B Q G N 2"],
+    places: Float[Array, "B Q N 2"],
     weights: Bool[Array, "B Q K"],
     tokens: TokenPlaces,
 ) -> Float[Array, ""]:
@@ -72,14 +71,14 @@ def pointing_loss(
     """
     given = jnp.isfinite(places[..., 0])
     near = jnp.abs(jnp.nan_to_num(places)[..., None, :] - tokens.center) < tokens.reach
-    near = near.all(-1) & given[..., None]  # [B Q G N P]
+    near = near.all(-1) & given[..., None]  # [B Q N P]
     number = given.sum(-1, keepdims=True)
     answers = weights & jnp.roll(weights, -1, axis=-1).at[..., -1].set(False)
     loss, total = 0.0, 0.0
-    for head, kind, thing in _HEADS:
-        allowed = near[:, :, thing] & (tokens.is_crop == (kind == "crop"))
+    for head, kind in enumerate(_HEADS):
+        allowed = near & (tokens.is_crop == (kind == "crop"))
         mass = jnp.einsum("bqkp,bqnp->bqkn", looks[:, :, :, head], allowed.astype(looks.dtype))
-        counts = answers[..., None] & given[:, :, thing, None]
-        loss -= jnp.where(counts, jnp.log(mass * number[:, :, thing, None] + 1e-4), 0.0).sum()
+        counts = answers[..., None] & given[:, :, None]
+        loss -= jnp.where(counts, jnp.log(mass * number[:, :, None] + 1e-4), 0.0).sum()
         total += counts.sum()
     return loss / jnp.maximum(total, 1)

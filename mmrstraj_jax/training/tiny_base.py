@@ -2,9 +2,10 @@
 
     python -m mmrstraj_jax.training.tiny_base --out mmrstraj_jax/assets/tiny --work runs/tiny_base
 
-Phases, each resumable by the same command: images, labels and tokenizer; the tower on dense ground truth;
-projector and language model on the finished tower; everything together at a lower rate; the result as
-bfloat16, with its score on held-out questions. The settings are those of configs/tiny_base.py.
+Phases, each resumable by the same command: images, labels and tokenizer; the tower on dense ground truth; the
+language model on text; projector and language model on the finished tower; everything together at a lower
+rate; the result as bfloat16, with its score on held-out questions. The settings are those of
+configs/tiny_base.py.
 """
 
 import argparse
@@ -35,11 +36,13 @@ from mmrstraj_jax.training.dense import Heads, dense_losses, total
 from mmrstraj_jax.training.muon import Muon, Tree
 from mmrstraj_jax.training.pointing import TokenPlaces, pointing_loss
 from mmrstraj_jax.training.shared_prefix import Segments
-from mmrstraj_jax.training.tiny_text import GroupText, stated_rows, text_rows
+from mmrstraj_jax.training.tiny_text import GroupText, ShownFacts, stated_rows, text_rows
 from mmrstraj_jax.weights import native
 
 QUESTIONS = 16  # an image, of those it has, drawn anew at every visit
-TEXT_ROWS = 2  # a step
+TEXT_ROWS, STATED_ROWS = 2, 8  # a step: text-only conversations; short questions that state their facts
+WORDS_BATCH = 4, 32  # the same in the words phase
+POINTING = 0.3  # weight of pointing_loss
 LOOKING_LAYER = 1  # whose attention is taught where to look
 DENSE = 0.1  # weight of the tower's dense losses where it learns on
 
@@ -51,15 +54,9 @@ class Phase:
     steps: int
     joint: bool
     rate: float  # of the config's learning rates
-    pointing: float  # weight of pointing_loss
-    stated_rows: int = 0  # a step: short text-only questions that state their facts
 
 
-PHASES = {
-    "frozen": Phase(1200, False, 1.0, 0.2),
-    "joint": Phase(1700, True, 0.5, 0.5),
-    "reading": Phase(800, True, 0.4, 0.15, 16),
-}
+PHASES = {"frozen": Phase(1200, False, 1.0), "joint": Phase(2500, True, 0.5)}
 TOWER_BATCH = 8  # images of a step of the dense phase, of 2 to 7 views each
 SAVE_EVERY, REPORT_EVERY = 250, 50
 # Two devices of one thread each: at these sizes threads inside an operation wait for each other more than
@@ -160,6 +157,10 @@ class Workshop:
     def stated(self) -> Segments:
         return stated_rows(self.tokenizer)
 
+    @functools.cached_property
+    def shown(self) -> ShownFacts:
+        return ShownFacts.of(self.tokenizer, self.texts[0].prefix.num_ids, QUESTIONS)
+
     def draws(self, batch_size: int, steps: int, seed: int) -> list[tuple[int, np.ndarray]]:
         return list(tiny_data.draws(self.groups, batch_size, steps, seed))
 
@@ -191,6 +192,36 @@ class Workshop:
         model.vision_tower = both.vision_tower
         return both.heads
 
+    def words(self, model: MMRSTraj, steps: int) -> MMRSTraj:
+        """The language model alone, on text."""
+        train_in_full(model, ["language_model"])
+        graphdef, trainable, frozen = state.split(model)
+        kinds = self.plain, self.stated
+
+        def loss(trainable: Tree, frozen: Tree, group: int, batch: list[Segments]):
+            model = state.merge(graphdef, trainable, frozen)
+            found = [self.read(model, rows) for rows in batch]
+            (text, _), (stated, right) = found
+            return text + stated, {"text": text, "stated": stated, "found": right.mean()}
+
+        def batches(step: int):
+            rng = np.random.default_rng((9, step))
+            return 0, [
+                rows.at(rng.integers(0, len(rows.ids), count))
+                for rows, count in zip(kinds, WORDS_BATCH, strict=True)
+            ]
+
+        rate = self.config.optim.other_lr
+        optimizer = Muon(self.mesh, steps, matrix_lr=2 * rate, adam_lr=rate)
+        weights = fit(self.work / "words.npz", loss, trainable, frozen, optimizer, steps, batches)
+        return state.merge(graphdef, weights, frozen)
+
+    @staticmethod
+    def read(model: MMRSTraj, rows: Segments) -> tuple[jax.Array, jax.Array]:
+        """Loss and right answers of text-only rows."""
+        hidden = model.language_model(model.language_model.embed(rows.ids))
+        return shared_prefix.score(model, hidden[:, None], Segments(*(x[:, None] for x in rows)))
+
     def language(self, model: MMRSTraj, name: str, phase: Phase, heads: Heads) -> MMRSTraj:
         """Projector and language model on the tower as it is, or everything: then `heads`, the tower's
         read-outs, stay as they are and keep it saying what they read."""
@@ -205,10 +236,12 @@ class Workshop:
 
         def loss(trainable: Tree, frozen: Tree, group: int, batch):
             model = state.merge(graphdef, trainable, frozen)
-            views, labels, questions, places, talk, text, short = batch
+            views, labels, questions, places, talk, text, short, said = batch
             seen = model.encode_views(views.reshape(-1, *views.shape[2:]))
             seen = seen.reshape(*views.shape[:2], *seen.shape[1:])
             pool = shared_prefix.image_tokens(model, seen, self.groups[group].plan.view_scale)
+            words = model.language_model.embed(jnp.maximum(said.words, 0)) * said.scale[..., None]
+            pool = pool.at[np.arange(len(views))[:, None], said.slots].add(words)
             (prefix, asked, told), looks = shared_prefix.hidden_states(
                 model, pool, texts[group].prefix, [questions.ids, talk.ids], questions.positions
             )
@@ -219,20 +252,14 @@ class Workshop:
             newline = (jax.nn.logsumexp(ahead, axis=-1) - ahead[:, self.tokenizer.newline_id]).mean()
             answer_loss, correct = shared_prefix.score(model, asked, questions)
             talk_loss, _ = shared_prefix.score(model, told, talk)
-            read = model.language_model(model.language_model.embed(text.ids))
-            text_loss, _ = shared_prefix.score(model, read[:, None], Segments(*(x[:, None] for x in text)))
+            text_loss, _ = self.read(model, text)
             real = questions.weights.any(-1)
             metrics = {"answers": answer_loss, "talk": talk_loss, "text": text_loss, "pointing": pointing}
             metrics["right"] = (correct & real).sum() / real.sum()
             loss = answer_loss + 0.5 * talk_loss + 0.3 * text_loss + 0.02 * newline
-            loss += phase.pointing * pointing
-            if phase.stated_rows:
-                read = model.language_model(model.language_model.embed(short.ids))
-                short_loss, found = shared_prefix.score(
-                    model, read[:, None], Segments(*(x[:, None] for x in short))
-                )
-                metrics |= {"stated": short_loss, "found": found.mean()}
-                loss += 0.3 * short_loss
+            short_loss, found = self.read(model, short)
+            metrics |= {"stated": short_loss, "found": found.mean()}
+            loss += 0.3 * short_loss + POINTING * pointing
             if phase.joint:
                 plan = self.groups[group].plan
                 metrics["dense"] = total(dense_losses(seen, heads, labels, plan.side, plan.reduced_side))
@@ -246,9 +273,11 @@ class Workshop:
             group, rows = plan[step]
             rng = np.random.default_rng((seed, step))
             text = plain.at(rng.integers(0, len(plain.ids), TEXT_ROWS))
-            short = stated.at(rng.integers(0, len(stated.ids), phase.stated_rows))
+            short = stated.at(rng.integers(0, len(stated.ids), STATED_ROWS))
             found, asked = self.groups[group], texts[group].draw(rows, QUESTIONS, rng)
-            return group, (found.views[rows], found.labels(rows), *asked, text, short)
+            slots = texts[group].prefix.visual_index[tokens[group].reach[:, 0] > 0]
+            said = self.shown.show(asked, slots, rng)
+            return group, (found.views[rows], found.labels(rows), *asked, text, short, said)
 
         optimizer = Muon(
             self.mesh, phase.steps,
@@ -322,6 +351,7 @@ def main(args: list[str]) -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/tiny_base"), help="data and phases")
     parser.add_argument("--images", type=int, default=13200)
     parser.add_argument("--tower-steps", type=int, default=2300)
+    parser.add_argument("--words-steps", type=int, default=2000)
     parser.add_argument("--steps", type=int, help="of each language phase; default: those of PHASES")
     options = parser.parse_args(args)
     if options.out.exists():
@@ -340,6 +370,7 @@ def main(args: list[str]) -> None:
     workshop = Workshop(config, work, parallel.make_mesh(), groups, tokenizer)
     model = init_model(MODEL_PRESETS["tiny"], jax.random.key(config.seed))
     heads = workshop.tower(model, options.tower_steps)
+    model = workshop.words(model, options.words_steps)
     for name, phase in PHASES.items():
         phase = dataclasses.replace(phase, steps=options.steps or phase.steps)
         model = workshop.language(model, name, phase, heads)

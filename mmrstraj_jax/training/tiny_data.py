@@ -65,7 +65,7 @@ FACTS = {
     "sun": ("top left", "top right", "bottom left", "bottom right"),
 }  # fmt: skip
 CITIES_A_SHARD = 20
-QUESTIONS = {True: 20, False: 12}  # an image, with and without drills
+QUESTIONS = {True: 24, False: 12}  # an image, with and without drills
 _ROAD_STEP = 1.0  # metres between the points that a road is measured by
 
 

@@ -4,13 +4,14 @@ Legend: N images, M most questions of an image, L tokens, K supervised positions
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from mmrstraj_jax.data.tokenizer import Tokenizer
 from mmrstraj_jax.synthcity.rand import Stream
-from mmrstraj_jax.synthcity.vocabulary import stated_question, text_row
+from mmrstraj_jax.synthcity.vocabulary import shown_facts, stated_question, text_row
 from mmrstraj_jax.training.pointing import pack_places
 from mmrstraj_jax.training.shared_prefix import Prefix, Segments, pack, segment
 from mmrstraj_jax.training.tiny_data import Group
@@ -21,7 +22,70 @@ TALK_QUESTIONS, TALK_CAPTION = 4, 0.6  # in a conversation; its chance of a capt
 TALK_STATED = 0.3  # of the conversations: about facts that the question states, with the image beside them
 TEXT = 192  # most tokens of a text-only row
 TEXT_ROWS = 6000
+SHOWN, SHOWN_ROWS = 20, 6000  # most words among the image tokens, and how many sets of them
+SHOW, SHOWN_SCALE = 0.15, (0.5, 2.0)  # share of the images; times their embeddings
 STATED, STATED_ROWS = 64, 12000  # most tokens of a short one, and their number
+
+
+class Said(NamedTuple):
+    """Words that are added to tokens of the visual pool."""
+
+    words: Int[np.ndarray, "B W"]
+    slots: Int[np.ndarray, "B W"]  # of the pool
+    scale: Float[np.ndarray, "B W"]  # 0: nothing
+
+
+@dataclass(frozen=True)
+class ShownFacts:
+    """Made-up facts as words that stand among the image tokens, and questions about them.
+
+    A language model that reads words there can later be shown them by a tower that has learned to say them,
+    as one that was pre-trained on captions can.
+    """
+
+    words: Int[np.ndarray, "R W"]  # -1: none
+    questions: Segments  # [R, Q, ...]
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, skip: int, count: int) -> "ShownFacts":
+        words, questions = [], []
+        for k in range(SHOWN_ROWS):
+            said, turns = shown_facts(Stream(0, 16, k))
+            ids = tokenizer.encode(" " + said)
+            if len(ids) > SHOWN:
+                continue
+            words.append(np.pad(ids, (0, SHOWN - len(ids)), constant_values=-1))
+            turns = [turns[j % len(turns)] for j in range(count)]
+            questions.append(pack([segment([t], tokenizer, skip, "clean") for t in turns], QUESTION, ANSWER))
+        return cls(np.stack(words), Segments(*map(np.stack, zip(*questions, strict=True))))
+
+    def show(
+        self,
+        asked: tuple[Segments, Float[np.ndarray, "B Q n 2"], Segments],
+        image: Int[np.ndarray, " S"],
+        rng: np.random.Generator,
+    ) -> Said:
+        """Picks images of a batch that are shown words; in `asked` (GroupText.draw) their questions become
+        those about the words, in place, and they lose their conversation.
+
+        Args:
+            image: the pool's tokens of the image itself.
+        """
+        questions, places, talk = asked
+        rows = len(places)
+        slots = np.tile(image[:SHOWN], (rows, 1)).astype(np.int32)
+        words, scale = np.full((rows, SHOWN), -1, np.int32), np.zeros((rows, SHOWN), np.float32)
+        for row in range(rows):
+            if rng.random() >= SHOW:
+                continue
+            k, start = rng.integers(len(self.words)), rng.integers(len(image) - SHOWN)
+            words[row], slots[row] = self.words[k], image[start : start + SHOWN]
+            scale[row] = np.where(words[row] >= 0, rng.uniform(*SHOWN_SCALE), 0.0)
+            for mine, theirs in zip(questions, self.questions.at(k), strict=True):
+                mine[row] = theirs
+            places[row] = np.nan
+            talk.weights[row] = 0
+        return Said(words, slots, scale)
 
 
 @dataclass(frozen=True)
@@ -31,7 +95,7 @@ class GroupText:
     prefix: Prefix
     questions: Segments  # [N, M, ...]: each alone, its answer supervised
     num: Int[np.ndarray, " N"]
-    places: Float[np.ndarray, "N M G n 2"]  # where to look for the answer to each question
+    places: Float[np.ndarray, "N M n 2"]  # where to look for the answer to each question
     talks: Segments  # [N, ...]: several turns with the mask that training uses
 
     @classmethod
@@ -48,7 +112,7 @@ class GroupText:
             packed = pack([known[turn] for turn in turns[:-1]], QUESTION, ANSWER)
             missing = most - len(packed.ids)
             questions.append([np.pad(x, ((0, missing), (0, 0))) for x in packed])
-            places.append(np.pad(pack_places(where), ((0, missing), *[(0, 0)] * 3)))
+            places.append(np.pad(pack_places(where), ((0, missing), (0, 0), (0, 0))))
             if rng.random() < TALK_STATED:
                 turns = text_row(Stream(0, 14, int(rng.integers(2**31))))
                 talks.append(_shortened(turns, tokenizer, prefix.num_ids, rng))
@@ -60,7 +124,7 @@ class GroupText:
 
     def draw(
         self, rows: Int[np.ndarray, " B"], count: int, rng: np.random.Generator
-    ) -> tuple[Segments, Float[np.ndarray, "B count G n 2"], Segments]:
+    ) -> tuple[Segments, Float[np.ndarray, "B count n 2"], Segments]:
         """Segments [B, count, ...] of random questions of each image with their places, [B, 1, ...] of its
         conversation."""
         picked = [
