@@ -31,7 +31,7 @@ STRUCTURED = (
 _CLASSES = ("motorway", "arterial", "collector", "local")
 _LEVELS = ("light", "moderate", "heavy")
 _JUNCTIONS = ("crossroad", "t junction", "roundabout", "dead end", "overpass")
-_ZONES = ("residential", "apartment", "commercial", "industrial", "park", "farmland", "harbor")
+_ZONES = ("residential", "apartment", "commercial", "industrial", "park", "farmland", "harbor", "airport")
 
 
 class Unit(NamedTuple):
