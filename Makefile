@@ -18,7 +18,7 @@ SET_UP_DEV := $(VENV)/.set-up-dev
 
 demo: $(SET_UP)
 	$(PY) -m mmrstraj_jax.train --config stage1
-	$(PY) -m mmrstraj_jax.train --config stage2 --init-from runs/stage1
+	$(PY) -m mmrstraj_jax.train --config stage2 --init-from runs/stage1 --steps 130
 	$(PY) -m mmrstraj_jax.generate --run runs/stage2 --held-out 2
 	@echo "The trained run lies in $(CURDIR)/runs/stage2"
 

@@ -113,7 +113,7 @@ def run_all(out: Path, steps: int | None, limit: int | None) -> dict[str, float]
     claim(out, {"base": fingerprint(BASE), "bench": bench.name, "steps": steps, "limit": limit})
     grey = blanked(ensure_sample()["stage1"].parent, out / "blank")
     grey_bench = blanked(bench, out / "blank_bench")
-    recipe = () if steps is None else ("--steps", steps)
+    recipe = ("--eval-samples", 0, *(() if steps is None else ("--steps", steps)))
     part = ("--meteor", "none", "--batch-size", 64, *(() if limit is None else ("--limit", limit)))
     seconds = {}
 
@@ -135,7 +135,7 @@ def run_all(out: Path, steps: int | None, limit: int | None) -> dict[str, float]
     train("stage2", "stage2", "--init-from", out / "stage1")
     evaluate("stage2", "--run", out / "stage2")
     for stage, more in (("stage1", ()), ("stage2", ("--init-from", out / "blind_stage1"))):
-        train(f"blind_{stage}", stage, "--data", grey / f"{stage}.json", "--eval-samples", 0, *more)
+        train(f"blind_{stage}", stage, "--data", grey / f"{stage}.json", *more)
     evaluate("blind", "--run", out / "blind_stage2", "--images", grey_bench / "images")
     return seconds
 

@@ -350,7 +350,7 @@ def small_model(config: Config, *, steps: int = 130, learning_rate: float = 1e-3
     """NOT THE PAPER: a recipe's settings for `tiny` and `mini`, which learn in minutes on a CPU.
 
     2e-6 cannot move a model of 3.5 M parameters in minutes; its views are 112 or 224 px; float32 is what a
-    CPU is fast at; activations fit without recomputing them; 130 steps are too few to need dropout.
+    CPU is fast at; activations fit without recomputing them; a few hundred steps need no dropout.
     """
     vision = MODEL_PRESETS[config.model].vision
     return dataclasses.replace(

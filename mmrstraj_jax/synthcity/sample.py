@@ -82,19 +82,22 @@ def samples(
 ) -> Iterator[Sample]:
     """Yields `num` samples from number `start` on; sample k is the same whatever `start` and `num`.
 
-    kind "traffic" looks at roads more often. square: 224 x 224 only. Raises UserError for an unknown split.
+    domain: "A", "B", or "AB" for cities of both in turn. kind "traffic" looks at roads more often. square:
+    224 x 224 only. Raises UserError for an unknown split or domain.
     """
     if split not in SPLITS:
         raise UserError(f"synthcity split {split!r}: expected one of {', '.join(SPLITS)}")
     if not 0 <= seed < 1 << 24:
         raise UserError(f"synthcity seed {seed}: expected 0 to {(1 << 24) - 1}")
-    scale = 0.88 if domain == "B" else 1.0
+    if domain not in ("A", "B", "AB"):
+        raise UserError(f"synthcity domain {domain!r}: expected 'A', 'B' or 'AB'")
     city = None
     for k in range(start, start + num):
         index = k // WINDOWS_PER_CITY
+        here = domain[index % len(domain)]
         if city is None or city.seed != city_seed(split, seed, index):
-            city = make_city(city_seed(split, seed, index), object_scale=scale)
-        yield _sample(city, split, k, domain, "traffic" in kind, square)
+            city = make_city(city_seed(split, seed, index), object_scale=0.88 if here == "B" else 1.0)
+        yield _sample(city, split, k, here, "traffic" in kind, square)
 
 
 def _sample(city: City, split: str, k: int, domain: str, roads: bool, square: bool) -> Sample:
@@ -276,9 +279,9 @@ def _write_json(path: Path, data) -> None:
 # split -> (images, domain, kind) of the embedded sample
 EMBEDDED = {
     "stage1": (320, "B", "general"),
-    "stage2": (320, "B", "traffic"),
+    "stage2": (960, "AB", "traffic"),
     "eval_stage1": (120, "B", "eval_general"),
-    "eval_stage2": (120, "B", "eval_traffic"),
+    "eval_stage2": (120, "AB", "eval_traffic"),
 }
 
 

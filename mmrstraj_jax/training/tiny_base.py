@@ -54,9 +54,14 @@ class Phase:
     steps: int
     joint: bool
     rate: float  # of the config's learning rates
+    shown: float  # share of the images that are shown words
 
 
-PHASES = {"frozen": Phase(1200, False, 1.0), "joint": Phase(2500, True, 0.5)}
+PHASES = {
+    "frozen": Phase(1200, False, 1.0, 0.0),
+    "joint": Phase(2500, True, 0.5, 0.0),
+    "shown": Phase(800, True, 0.3, 0.3),
+}
 TOWER_BATCH = 8  # images of a step of the dense phase, of 2 to 7 views each
 SAVE_EVERY, REPORT_EVERY = 250, 50
 # Two devices of one thread each: at these sizes threads inside an operation wait for each other more than
@@ -240,8 +245,10 @@ class Workshop:
             seen = model.encode_views(views.reshape(-1, *views.shape[2:]))
             seen = seen.reshape(*views.shape[:2], *seen.shape[1:])
             pool = shared_prefix.image_tokens(model, seen, self.groups[group].plan.view_scale)
-            words = model.language_model.embed(jnp.maximum(said.words, 0)) * said.scale[..., None]
-            pool = pool.at[np.arange(len(views))[:, None], said.slots].add(words)
+            at = np.arange(len(views))[:, None], said.slots
+            words = model.language_model.embed(said.words)
+            size = jnp.linalg.norm(pool[at], axis=-1) / jnp.linalg.norm(words, axis=-1)
+            pool = pool.at[at].add(words * (said.scale * jax.lax.stop_gradient(size))[..., None])
             (prefix, asked, told), looks = shared_prefix.hidden_states(
                 model, pool, texts[group].prefix, [questions.ids, talk.ids], questions.positions
             )
@@ -253,9 +260,11 @@ class Workshop:
             answer_loss, correct = shared_prefix.score(model, asked, questions)
             talk_loss, _ = shared_prefix.score(model, told, talk)
             text_loss, _ = self.read(model, text)
-            real = questions.weights.any(-1)
+            shown = said.scale.any(-1, keepdims=True)
+            real, read = (questions.weights.any(-1) & chosen for chosen in (~shown, shown))
             metrics = {"answers": answer_loss, "talk": talk_loss, "text": text_loss, "pointing": pointing}
-            metrics["right"] = (correct & real).sum() / real.sum()
+            metrics["right"] = (correct & real).sum() / jnp.maximum(real.sum(), 1)
+            metrics["shown"] = (correct & read).sum() / jnp.maximum(read.sum(), 1)  # 0 where nothing is
             loss = answer_loss + 0.5 * talk_loss + 0.3 * text_loss + 0.02 * newline
             short_loss, found = self.read(model, short)
             metrics |= {"stated": short_loss, "found": found.mean()}
@@ -276,7 +285,7 @@ class Workshop:
             short = stated.at(rng.integers(0, len(stated.ids), STATED_ROWS))
             found, asked = self.groups[group], texts[group].draw(rows, QUESTIONS, rng)
             slots = texts[group].prefix.visual_index[tokens[group].reach[:, 0] > 0]
-            said = self.shown.show(asked, slots, rng)
+            said = self.shown.show(asked, slots, phase.shown, rng)
             return group, (found.views[rows], found.labels(rows), *asked, text, short, said)
 
         optimizer = Muon(

@@ -22,17 +22,17 @@ TALK_QUESTIONS, TALK_CAPTION = 4, 0.6  # in a conversation; its chance of a capt
 TALK_STATED = 0.3  # of the conversations: about facts that the question states, with the image beside them
 TEXT = 192  # most tokens of a text-only row
 TEXT_ROWS = 6000
-SHOWN, SHOWN_ROWS = 20, 6000  # most words among the image tokens, and how many sets of them
-SHOW, SHOWN_SCALE = 0.15, (0.5, 2.0)  # share of the images; times their embeddings
+SHOWN, SHOWN_ROWS = 32, 6000  # most words among the image tokens, and how many sets of them
+SHOWN_SCALE = 0.5, 3.0  # least and greatest size of a shown word, of the image token's it is added to
 STATED, STATED_ROWS = 64, 12000  # most tokens of a short one, and their number
 
 
 class Said(NamedTuple):
-    """Words that are added to tokens of the visual pool."""
+    """Words whose embeddings are added to tokens of the visual pool."""
 
     words: Int[np.ndarray, "B W"]
     slots: Int[np.ndarray, "B W"]  # of the pool
-    scale: Float[np.ndarray, "B W"]  # 0: nothing
+    scale: Float[np.ndarray, "B W"]  # size in sizes of the token there; 0: nothing
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ class ShownFacts:
         self,
         asked: tuple[Segments, Float[np.ndarray, "B Q n 2"], Segments],
         image: Int[np.ndarray, " S"],
+        share: float,
         rng: np.random.Generator,
     ) -> Said:
         """Picks images of a batch that are shown words; in `asked` (GroupText.draw) their questions become
@@ -70,17 +71,22 @@ class ShownFacts:
 
         Args:
             image: the pool's tokens of the image itself.
+            share: of the images.
         """
         questions, places, talk = asked
         rows = len(places)
         slots = np.tile(image[:SHOWN], (rows, 1)).astype(np.int32)
-        words, scale = np.full((rows, SHOWN), -1, np.int32), np.zeros((rows, SHOWN), np.float32)
+        words, scale = np.zeros((rows, SHOWN), np.int32), np.zeros((rows, SHOWN), np.float32)
         for row in range(rows):
-            if rng.random() >= SHOW:
+            if rng.random() >= share:
                 continue
             k, start = rng.integers(len(self.words)), rng.integers(len(image) - SHOWN)
-            words[row], slots[row] = self.words[k], image[start : start + SHOWN]
-            scale[row] = np.where(words[row] >= 0, rng.uniform(*SHOWN_SCALE), 0.0)
+            at = np.arange(start, start + SHOWN)
+            if rng.random() < 0.5:  # with others in between
+                at = np.sort(rng.choice(len(image), SHOWN, replace=False))
+            slots[row] = image[at]
+            words[row] = np.maximum(self.words[k], 0)
+            scale[row] = np.where(self.words[k] >= 0, rng.uniform(*SHOWN_SCALE), 0.0)
             for mine, theirs in zip(questions, self.questions.at(k), strict=True):
                 mine[row] = theirs
             places[row] = np.nan
