@@ -28,7 +28,7 @@ from mmrstraj_jax.synthcity.render import render
 from mmrstraj_jax.synthcity.truth import Truth, truth_of
 from mmrstraj_jax.synthcity.window import View, Window, view, window_centers
 
-VERSION = "2"  # of everything that changes a pixel or a word; part of the cache's folder name
+VERSION = "3"  # of everything that changes a pixel or a word; part of the cache's folder name
 # A split's number is part of every city's seed, so no two splits share a city.
 SPLITS = {"base": 1, "stage1": 2, "stage2": 3, "eval_base": 4, "eval_stage1": 5, "eval_stage2": 6, "bench": 7}
 KINDS = ("base", "general", "traffic", "eval_general", "eval_traffic")
