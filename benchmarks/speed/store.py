@@ -29,7 +29,7 @@ CODE = {  # what of the package an item's time depends on
         *("training/loss.py", "training/step.py", "training/optimizer.py"),
     ),
 }
-CODE |= {"stream": CODE["train"], "transfer": ("models/siglip.py",)}
+CODE |= {"stream": CODE["train"], "answer": CODE["decode"], "transfer": ("models/siglip.py",)}
 HOST_CODE = (
     *("data/anyres.py", "data/images.py", "data/collate.py", "data/loader.py", "data/records.py"),
     *("data/rowfiles.py", "data/chat.py", "data/schedule.py"),
