@@ -243,9 +243,7 @@ class Config:
     image_root: str | None = None  # default: the folder of each data file
     on_bad: str = "quarantine"  # a row that cannot be trained on: quarantine (reported, left out) | error
     init_from: str | None = None  # a finished run whose adapters go on
-    feature_layer: int = (
-        0  # tower output that the projector sees, from the end (-1, -2); 0: as in the weights
-    )
+    feature_layer: int = 0  # tower output for the projector, from the end (-1, -2); 0: as in the weights
     merge_init: bool = False  # merge those adapters into the base and start new ones
     run_dir: str | None = None  # default runs/<name>
     epochs: int = 3
