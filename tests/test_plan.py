@@ -100,7 +100,7 @@ def test_recomputing_saves_memory_and_fused_attention_holds_no_scores():
         fused: memory.estimate(config("none"), TINY, shape, gpu=fused).peak_phase.buffers
         for fused in (True, False)
     }
-    scores = 4 * 3 * 1024**2 * TINY.text.num_hidden_layers  # float32, 3 heads
+    scores = 4 * 3 * 1024**2 / 2 * TINY.text.num_hidden_layers  # float32, 3 heads, not what is behind
     assert kept[False]["saved by the decoder"] - kept[True]["saved by the decoder"] > 2 * scores
     # with fused attention everything grows with the length, nothing with its square
     doubled = memory.estimate(config("none"), TINY, shape._replace(length=2048)).peak_phase.buffers
@@ -115,7 +115,7 @@ def test_fsdp_splits_what_the_sharding_table_splits_and_gathers_a_layer_at_a_tim
     )
     assert split.resident["frozen weights"] < 0.3 * whole.resident["frozen weights"]
     layer = 4 * flops.decoder_layer(TINY.text)
-    for found, layers in ((split, 2), (cpu, 1)):
+    for found, layers in ((split, 3), (cpu, 2)):  # the last layer is apart from the loop
         backward = next(phase for phase in found.phases if phase.name == "decoder backward")
         assert backward.buffers["gathered layers"] == layers * layer
     # of several micro-batches the first gathers the head for all; of a single one the loss gives it back

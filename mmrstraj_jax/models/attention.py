@@ -1,7 +1,10 @@
 """One attention for the whole model: cuDNN on GPU, XLA elsewhere. No dense mask is ever an argument."""
 
+import math
+
 import jax
 import jax.numpy as jnp
+from einops import rearrange, repeat
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -9,6 +12,12 @@ def uses_cudnn(dtype: jnp.dtype) -> bool:
     """Whether `attention` on arrays of this dtype is cuDNN's fused one. It takes no segment ids here: JAX's
     public interface would turn them into a dense [L, L] bias."""
     return jax.default_backend() == "gpu" and dtype in (jnp.bfloat16, jnp.float16)
+
+
+def block_length(length: int) -> int:
+    """Queries that XLA's attention of whole rows of this length scores at once: their scores stay in the
+    processor's cache, and each block is code to compile, so few for long rows."""
+    return 128 * math.ceil(length / 1536)
 
 
 def attention(
@@ -32,15 +41,16 @@ def attention(
             scores [B, Hq, Lq, Lk] are cheaper then than all queries of cuDNN.
     """
     cudnn = uses_cudnn(q.dtype) and q_at is None
+    if not cudnn and q_at is None and kv_lengths is None:
+        return _in_blocks(q, k, v, is_causal, segment_ids)
     mask: Bool[Array, "B 1 Lq Lk"] | None = None
     if q_at is not None:
         assert is_causal
         mask, is_causal = (jnp.arange(k.shape[1]) <= q_at[..., None])[:, None], False
     if segment_ids is not None:
         assert not cudnn, "packed rows need XLA attention"
-        asking = segment_ids if q_at is None else jnp.take_along_axis(segment_ids, q_at, axis=1)
-        same = (asking[:, :, None] == segment_ids[:, None, :])[:, None]
-        mask = same if mask is None else mask & same
+        asking = jnp.take_along_axis(segment_ids, q_at, axis=1)
+        mask = mask & (asking[:, :, None] == segment_ids[:, None, :])[:, None]
     return jax.nn.dot_product_attention(
         q,
         k,
@@ -51,6 +61,39 @@ def attention(
         query_seq_lengths=None if kv_lengths is None else jnp.full_like(kv_lengths, q.shape[1]),
         implementation="cudnn" if cudnn else "xla",
     )
+
+
+def _in_blocks(
+    q: Float[Array, "B L Hq D"],
+    k: Float[Array, "B L Hkv D"],
+    v: Float[Array, "B L Hkv D"],
+    is_causal: bool,
+    segment_ids: Int[Array, "B L"] | None,
+) -> Float[Array, "B L Hq D"]:
+    """XLA's attention of whole rows, a block of queries at a time; keys behind a causal block are not read.
+
+    Rows and key heads are one axis throughout: with two, XLA for CPUs takes twice as long for the gradients.
+    """
+    batch, length, heads = k.shape[:3]
+    block = block_length(length)
+    q = rearrange(q, "b l (k g) d -> (b k) g l d", k=heads)
+    k, v = (rearrange(x, "b l k d -> (b k) l d") for x in (k, v))
+    found = []
+    for begin in range(0, length, block):
+        end = min(begin + block, length)
+        seen = end if is_causal else length
+        asking = rearrange(q[:, :, begin:end], "n g l d -> n (g l) d")
+        scores = jnp.einsum("nqd,nsd->nqs", asking, k[:, :seen], preferred_element_type=jnp.float32)
+        scores = rearrange(scores, "n (g l) s -> n g l s", l=end - begin) * q.shape[-1] ** -0.5
+        if is_causal:
+            scores = jnp.where(jnp.arange(begin, end)[:, None] >= jnp.arange(seen), scores, -jnp.inf)
+        if segment_ids is not None:
+            same = segment_ids[:, begin:end, None] == segment_ids[:, None, :seen]
+            scores = jnp.where(repeat(same, "b l s -> (b k) 1 l s", k=heads), scores, -jnp.inf)
+        weights = rearrange(jax.nn.softmax(scores, axis=-1), "n g l s -> n (g l) s").astype(v.dtype)
+        out = jnp.einsum("nqs,nsd->nqd", weights, v[:, :seen])
+        found.append(rearrange(out, "n (g l) d -> n g l d", l=end - begin))
+    return rearrange(jnp.concatenate(found, axis=2), "(b k) g l d -> b l (k g) d", b=batch)
 
 
 def reference_attention(

@@ -147,25 +147,25 @@ def _gathered(leaf: Array, mesh: Mesh) -> Array:
     return lax.with_sharding_constraint(leaf, NamedSharding(mesh, P()))
 
 
-def _all_but_gathered(primitive: Any, *_, **__) -> bool:
-    return primitive.name != "sharding_constraint"
+def _all_but_fetched(primitive: Any, *_, **__) -> bool:
+    return primitive.name not in ("sharding_constraint", "dynamic_slice", "squeeze")
 
 
 def rematerialised(
-    step: Callable, remat: str, *, prevent_cse: bool = True, gathers: bool = False
+    step: Callable, remat: str, *, prevent_cse: bool = True, fetches: bool = False
 ) -> Callable:
     """The same function under a policy of REMAT_POLICIES.
 
     Args:
         prevent_cse: can be off inside a scan.
-        gathers: step gathers weights. No policy keeps them, as over all layers they would be the whole model:
-            the backward pass gathers again.
+        fetches: step gathers weights, or looks them up in the stack. No policy keeps them, as over all layers
+            they would be the whole model: the backward pass fetches them again.
     """
     assert remat in REMAT_POLICIES, remat
-    if remat == "none" and not gathers:
+    if remat == "none" and not fetches:
         return step
     policy = {
-        "none": _all_but_gathered,
+        "none": _all_but_fetched,
         "block": None,
         "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     }[remat]
@@ -234,6 +234,6 @@ def scan_layers(
             carry = lax.with_sharding_constraint(carry, NamedSharding(mesh, P(mesh.axis_names)))
         return body(nnx.merge(graphdef, layer_params), carry, index)
 
-    step = rematerialised(step, remat, prevent_cse=unroll, gathers=mesh is not None)
+    step = rematerialised(step, remat, prevent_cse=unroll, fetches=some or mesh is not None)
     scanned = (None if some else params, jnp.arange(first, last))
     return lax.scan(step, carry, scanned, unroll=(last - first) if unroll else 1)

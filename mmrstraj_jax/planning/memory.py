@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from flax import nnx
 from mmrstraj_jax import parallel
 from mmrstraj_jax.config import Config, ModelConfig
 from mmrstraj_jax.data.collate import Shape
-from mmrstraj_jax.models.attention import attention
+from mmrstraj_jax.models.attention import attention, block_length
 from mmrstraj_jax.models.layers import Trainable, rematerialised
 from mmrstraj_jax.models.token_reduction import merge_with_text, visual_pool
 from mmrstraj_jax.planning import flops
@@ -114,16 +114,23 @@ def estimate(
         resident |= single
     else:
         phases = [Phase(phases[0].name, phases[0].buffers | single), *phases[1:]]
-    return Memory(resident, [_with_layers(phase, split, 1 + gpu) for phase in phases], scratch)
+    # the last decoder layer is then apart from the loop, and made whole when the compiler likes
+    apart = {"language_model": last_layer_is_short(batch, found.trainable)}
+    whole = [_with_layers(phase, split, 1 + gpu + apart.get(phase.stack, False)) for phase in phases]
+    return Memory(resident, whole, scratch)
 
 
 def _largest_softmax(model: ModelConfig, shape: Shape, rows: int) -> int:
     """Bytes of the largest array that a softmax of the step runs over: scores of one layer, or logits."""
     vision, text = model.vision, model.text
-    tower = rows * shape.views * vision.num_attention_heads * vision.num_patches**2
-    decoder = rows * text.num_attention_heads * shape.length**2
+    tower = rows * shape.views * vision.num_attention_heads * _block_scores(vision.num_patches)
+    decoder = rows * text.num_attention_heads * _block_scores(shape.length)
     logits = rows * chunk_positions(rows, shape.supervised, text.vocab_size) * text.vocab_size
     return 4 * max(tower, decoder, logits)
+
+
+def _block_scores(length: int) -> int:
+    return length * min(length, block_length(length))
 
 
 def _with_layers(phase: Phase, split: dict[str, jax.ShapeDtypeStruct], count: int) -> Phase:
@@ -160,25 +167,29 @@ def _phases(config: Config, model: ModelConfig, shape: Shape, rows: int, fused: 
         return layer(x, lambda q, k, v: attention(q, k, v, is_causal=True, q_at=at), rope, keys, at)
 
     half = jax.ShapeDtypeStruct((rows, length, 1, text.head_dim // 2), dtype)
+    tower_heads, per_key = vision.num_attention_heads, text.num_attention_heads // text.num_key_value_heads
+    head_dim = vision.hidden_size // tower_heads
+    patch = jax.ShapeDtypeStruct((count, vision.num_patches, tower_heads, head_dim), dtype)
+    key = jax.ShapeDtypeStruct((rows, length, text.num_key_value_heads, text.head_dim), dtype)
     blocks = {
-        "tower": (encoder, whole.vision_tower.layers, (view, keys[count]), vision.num_attention_heads),
+        "tower": (encoder, whole.vision_tower.layers, (view, keys[count]), _Attention(patch, 1, False)),
         "decoder": (
             decoder,
             whole.language_model.layers,
             (token, (half, half), keys[rows]),
-            text.num_attention_heads,
+            _Attention(key, per_key, True),
         ),
     }
     saved, live = {}, {}
-    for name, (apply, stacked, args, heads) in blocks.items():
-        block = _Block(apply, stacked, args, heads if fused else 0)
+    for name, (apply, stacked, args, attends) in blocks.items():
+        block = _Block(apply, stacked, args, attends, fused)
         saved[name] = layers[name] * block.kept(config.remat)
         live[name] = block.workspace(config.remat)
     asked = token
     if last_layer_is_short(batch, found.trainable):
         asked = jax.ShapeDtypeStruct((*batch["positions"].shape, text.hidden_size), dtype)
         args = *blocks["decoder"][2], batch["positions"]
-        last = _Block(decoder, whole.language_model.layers, args, 0)  # its few queries: scores, as on a CPU
+        last = _Block(decoder, whole.language_model.layers, args)  # its few queries: scores, as on a CPU
         saved["decoder"] += last.kept(config.remat) - saved["decoder"] // layers["decoder"]
         live["decoder"] = max(live["decoder"], last.workspace(config.remat))
     if not flops.tower_trains(config):  # no gradient goes through it: it runs forward only, and keeps nothing
@@ -211,41 +222,64 @@ def _phases(config: Config, model: ModelConfig, shape: Shape, rows: int, fused: 
     ]
 
 
+class _Attention(NamedTuple):
+    """Of whole rows."""
+
+    key: jax.ShapeDtypeStruct  # [B, L, Hkv, D], as the value
+    queries_per_key: int
+    is_causal: bool
+
+    def saved_by_fusing(self) -> int:
+        """Bytes that the backward pass of XLA's attention keeps, less those of a fused one: queries, keys,
+        values, the output, and a float32 log-sum a query."""
+        rows, length, heads, _ = self.key.shape
+        fused = (2 + 2 * self.queries_per_key) * _bytes(
+            self.key
+        ) + 4 * rows * length * heads * self.queries_per_key
+        return self._kept() - fused
+
+    def saved_by_blocks(self) -> int:
+        """Bytes of scores that are not alive at once where they are computed again: of all blocks but one."""
+        rows, length, heads, dim = self.key.shape
+        count = math.ceil(length / block_length(length))
+        operands = (2 + self.queries_per_key) * _bytes(self.key)
+        alive = 2 / (count + 1) if self.is_causal else 1 / count  # the share of the last block
+        return int((1 - alive) * (self._kept() - operands))
+
+    def _kept(self) -> int:
+        rows, length, heads, dim = self.key.shape
+        query = jax.ShapeDtypeStruct((rows, length, heads * self.queries_per_key, dim), self.key.dtype)
+        attend = functools.partial(attention, is_causal=self.is_causal)
+        return sum(map(_bytes, residuals(attend, (query, self.key, self.key), (), keep_varied=None)))
+
+
 class _Block:
     """One layer of a stack, traced: what its backward pass keeps under a remat policy, and works with."""
 
-    def __init__(self, apply: Callable, stacked: nnx.Module, args: tuple, fused_heads: int):
+    def __init__(
+        self,
+        apply: Callable,
+        stacked: nnx.Module,
+        args: tuple,
+        attends: _Attention | None = None,
+        fused: bool = False,
+    ):
+        """attends: the layer's attention, where it is of whole rows."""
         self._graphdef, *trees = nnx.split(stacked, Trainable, ...)
         self._params = [jax.tree.map(_first, tree) for tree in trees]  # [trainable, frozen]
-        self._apply, self._args, self._fused_heads = apply, args, fused_heads
+        self._apply, self._args, self._attends, self._fused = apply, args, attends, fused
 
     def kept(self, remat: str) -> int:
         """Bytes that one layer keeps from its forward pass to its backward pass."""
-        return self._count(self._residuals(remat))
+        kept = sum(map(_bytes, self._residuals(remat)))
+        return kept - self._attends.saved_by_fusing() if remat == "none" and self._fused else kept
 
     def workspace(self, remat: str) -> int:
         """Bytes that one layer needs while its backward pass runs, beside what it kept."""
-        again = 0 if remat == "none" else self._count(self._residuals("none"))
+        again = 0 if remat == "none" else self.kept("none")
+        if again and self._attends and not self._fused:
+            again -= self._attends.saved_by_blocks()
         return again + 2 * _bytes(self._args[0])  # the gradient coming in and the one going out
-
-    def _count(self, residuals: list[jax.ShapeDtypeStruct]) -> int:
-        return sum(map(_bytes, self._reduce(residuals)))
-
-    def _reduce(self, residuals: list) -> list:
-        """The same with fused attention: no scores; its output and a float32 log-sum a query instead."""
-        if not self._fused_heads:
-            return residuals
-        rows, length = self._args[0].shape[:2]
-        kept = [leaf for leaf in residuals if not (leaf.ndim == 5 and length in leaf.shape[-2:-1])]
-        if len(kept) < len(residuals):
-            width = self._heads_width()
-            kept.append(jax.ShapeDtypeStruct((rows, length, width), self._args[0].dtype))
-            kept.append(jax.ShapeDtypeStruct((rows, length, self._fused_heads), jnp.float32))
-        return kept
-
-    def _heads_width(self) -> int:
-        leaves = {path: leaf for tree in self._params for path, leaf in nnx.to_flat_state(tree)}
-        return leaves["self_attn", "q_proj", "weight"].shape[0]
 
     def _residuals(self, remat: str) -> list[jax.ShapeDtypeStruct]:
         def apply(trainable, x, frozen, rest):
@@ -256,19 +290,20 @@ class _Block:
         return residuals(rematerialised(apply, remat), (trainable, x), (frozen, tuple(rest)), keep_varied=1)
 
 
-def residuals(function: Callable, varied: tuple, fixed: tuple, *, keep_varied: int) -> list:
+def residuals(function: Callable, varied: tuple, fixed: tuple, *, keep_varied: int | None) -> list:
     """What jax.vjp keeps of function(*varied, *fixed), as shapes; nothing is computed.
 
     Args:
         varied: arguments that are differentiated.
         fixed: arguments that are not.
-        keep_varied: which of `varied` is counted where it is kept; the others, and `fixed`, are parameters,
-            which are in memory anyway.
+        keep_varied: which of `varied` is counted where it is kept, None: all; the others, and `fixed`, are
+            parameters, which are in memory anyway.
     """
     found: list[jax.ShapeDtypeStruct] = []
 
     def run(varied, fixed):
-        parameters = (*varied[:keep_varied], *varied[keep_varied + 1 :], *fixed)
+        kept = range(len(varied)) if keep_varied is None else (keep_varied,)
+        parameters = (*(arg for at, arg in enumerate(varied) if at not in kept), *fixed)
         given = {id(leaf) for leaf in jax.tree.leaves(parameters)}
         result, backward = jax.vjp(lambda *args: function(*args, *fixed), *varied)
         leaves = [leaf for leaf in jax.tree.leaves(backward) if id(leaf) not in given]

@@ -34,6 +34,10 @@ SPLITS = {"base": 1, "stage1": 2, "stage2": 3, "eval_base": 4, "eval_stage1": 5,
 KINDS = ("base", "general", "traffic", "eval_general", "eval_traffic")
 WINDOWS_PER_CITY = 12
 REHEARSAL = 0.3  # share of general images in traffic training data
+QUESTIONS = {"base": 10, "traffic": 12}  # at most, of an image; else 6
+# Share of the images with a caption or a description, else half. A description weighs as much in the loss as
+# all of an image's questions and says mostly what every description says.
+TEXT_SHARE = {"traffic": 0.1}
 TEXT_ROWS = 0.25  # text-only rows per image in base training data
 # (width, height) in pixels -> weight; metres a pixel
 SHAPES = {(224, 224): 0.7, (112, 112): 0.1, (336, 224): 0.1, (224, 336): 0.1}
@@ -185,7 +189,7 @@ def training_turns(
         turns = [(q.question, q.answer) for q in found]
         text = (s.choice(captions.PROMPTS), captions.caption(truth, s))
     turns = s.shuffled(turns)
-    if not turns or s.chance(0.5):
+    if not turns or s.chance(TEXT_SHARE.get(kind, 0.5)):
         turns.insert(0 if s.chance(0.7) else len(turns), text)
     return turns
 
@@ -255,7 +259,7 @@ def write_sample(
         raise UserError(f"synthcity kind {kind!r}: expected one of {', '.join(KINDS)}")
     folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    limit = turns or {"base": 10, "eval_general": 6, "eval_traffic": 6}.get(kind, 6)
+    limit = turns or QUESTIONS.get(kind, 6)
     balancer, rows, truths = Balancer(), [], {}
     for sample in samples(split, seed, num, domain, kind):
         s = Stream(city_seed(split, seed, 0), 8, int(sample.id.rsplit("-", 1)[1]))
