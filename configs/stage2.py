@@ -35,4 +35,6 @@ def get_config(model: str) -> Config:
         ),
     )
     # NOT THE PAPER below this line: the embedded sizes
-    return small_model(config, steps=400, learning_rate=2.5e-3) if model in SMALL_MODELS else config
+    if model in SMALL_MODELS:
+        config = small_model(config, steps=400, learning_rate=2.5e-3, b2=0.98)
+    return config

@@ -28,16 +28,16 @@ from mmrstraj_jax.synthcity.render import render
 from mmrstraj_jax.synthcity.truth import Truth, truth_of
 from mmrstraj_jax.synthcity.window import View, Window, view, window_centers
 
-VERSION = "3"  # of everything that changes a pixel or a word; part of the cache's folder name
+VERSION = "4"  # of everything that changes a pixel or a word; part of the cache's folder name
 # A split's number is part of every city's seed, so no two splits share a city.
 SPLITS = {"base": 1, "stage1": 2, "stage2": 3, "eval_base": 4, "eval_stage1": 5, "eval_stage2": 6, "bench": 7}
 KINDS = ("base", "general", "traffic", "eval_general", "eval_traffic")
 WINDOWS_PER_CITY = 12
-REHEARSAL = 0.3  # share of general images in traffic training data
-QUESTIONS = {"base": 10, "traffic": 12}  # at most, of an image; else 6
+REHEARSAL = 0.2  # share of general images in traffic training data
+QUESTIONS = {"base": 10, "traffic": 10}  # at most, of an image; else 6
 # Share of the images with a caption or a description, else half. A description weighs as much in the loss as
 # all of an image's questions and says mostly what every description says.
-TEXT_SHARE = {"traffic": 0.1}
+TEXT_SHARE = {"traffic": 0.2}
 TEXT_ROWS = 0.25  # text-only rows per image in base training data
 # (width, height) in pixels -> weight; metres a pixel
 SHAPES = {(224, 224): 0.7, (112, 112): 0.1, (336, 224): 0.1, (224, 336): 0.1}
@@ -249,7 +249,7 @@ def write_sample(
     """Writes `num` images to folder/images and their rows to folder/<split>.json; returns the JSON's path.
 
     kind: "base" (general questions, drills, text-only traffic vocabulary), "general",
-    "traffic" (30 % general images),
+    "traffic" (a share REHEARSAL of general images),
     "eval_general", "eval_traffic" (single-turn rows with "type" and "truth",
     and folder/<split>_truth.json with the
     whole truth of each image). turns: questions per image, 0 for the kind's default. Same arguments, same
