@@ -64,12 +64,18 @@ GAINS = (
 )
 
 
-def command(module: str, *arguments: object) -> float:
-    """Runs `python -m mmrstraj_jax.<module>`; returns its seconds. A failure ends this program too."""
+def command(module: str, *arguments: object, programs: Path | None = None) -> float:
+    """Runs `python -m mmrstraj_jax.<module>`; returns its seconds. A failure ends this program too.
+
+    programs: a folder that keeps what was compiled, for the commands after it.
+    """
     words = [sys.executable, "-m", f"mmrstraj_jax.{module}", *map(str, arguments)]
     print("$", " ".join(["python", *words[1:]]), flush=True)
     start = time.perf_counter()
-    done = subprocess.run(words, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    if programs is not None:
+        env |= {"JAX_COMPILATION_CACHE_DIR": str(programs.absolute())}
+    done = subprocess.run(words, env=env)
     if done.returncode:
         raise SystemExit(done.returncode)
     return time.perf_counter() - start
@@ -115,18 +121,18 @@ def run_all(out: Path, steps: int | None, limit: int | None) -> dict[str, float]
     grey_bench = blanked(bench, out / "blank_bench")
     recipe = ("--eval-samples", 0, *(() if steps is None else ("--steps", steps)))
     part = ("--meteor", "none", "--batch-size", 64, *(() if limit is None else ("--limit", limit)))
-    seconds = {}
+    seconds, programs = {}, out / "compiled"  # each model's blind twin runs the same ones
 
     def train(name: str, config: str, *more: object) -> None:
         if not (out / name / "summary.json").exists():
             seconds[f"train {name}"] = command(
-                "train", "--config", config, "--run-dir", out / name, *recipe, *more
+                "train", "--config", config, "--run-dir", out / name, *recipe, *more, programs=programs
             )
 
     def evaluate(name: str, *source: object) -> None:
         if not (out / "scores" / name / "scores.json").exists():
             seconds[f"evaluate {name}"] = command(
-                "evaluate", *source, "--task", TASK, "--out", out / "scores" / name, *part
+                "evaluate", *source, "--task", TASK, "--out", out / "scores" / name, *part, programs=programs
             )
 
     evaluate("base", "--weights", BASE)

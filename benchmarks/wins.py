@@ -41,6 +41,9 @@ WINS = {
         {"kind": "stream", "remat": "dots"}, {"padded to the longest row": ["--without", "buckets"]}
     ),
     "last-token": Win({"kind": "prefill"}, {"last layer of every token": ["--without", "last-token"]}),
+    "query-blocks": Win(
+        {"kind": "prefill"}, {"scores of all queries at once": ["--without", "query-blocks"]}
+    ),
     "compiled-loop": Win({"kind": "decode"}, {"a host loop, cache copied": ["--without", "compiled-loop"]}),
     "layout": Win({"kind": "decode"}, {"layers in one stack": ["--without", "layout"]}),
     "early-stop": Win({"kind": "answer", "batch": 4}, {"the loop runs on": ["--without", "early-stop"]}),

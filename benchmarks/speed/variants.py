@@ -160,6 +160,17 @@ class EveryQuery(ours.Prefill):
         super().__init__(item)
 
 
+class WholeScores(ours.Prefill):
+    """JAX's own attention: scores of all queries at once, of the keys behind them too."""
+
+    def __init__(self, item: Item):
+        def library(q, k, v, is_causal, segment_ids):
+            return jax.nn.dot_product_attention(q, k, v, is_causal=is_causal, implementation="xla")
+
+        attention_module._in_blocks = library
+        super().__init__(item)
+
+
 class HostLoop(ours.Decode):
     """A program a token, its cache copied: the host asks for each."""
 
@@ -264,6 +275,7 @@ WITHOUT = {  # what is given up -> the kinds that change
     "last-layer": {"train": WholeLastLayer},
     "scan": {"train": Unrolled},
     "last-token": {"prefill": EveryQuery},
+    "query-blocks": {"prefill": WholeScores},
     "buckets": {"stream": PaddedStream},
     "compiled-loop": {"decode": HostLoop},
     "layout": {"decode": Stacked},
