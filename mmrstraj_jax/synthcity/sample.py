@@ -283,7 +283,7 @@ def _write_json(path: Path, data) -> None:
 # split -> (images, domain, kind) of the embedded sample
 EMBEDDED = {
     "stage1": (320, "B", "general"),
-    "stage2": (960, "AB", "traffic"),
+    "stage2": (1280, "AB", "traffic"),
     "eval_stage1": (120, "B", "eval_general"),
     "eval_stage2": (120, "AB", "eval_traffic"),
 }
