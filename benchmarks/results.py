@@ -84,8 +84,10 @@ def command(module: str, *arguments: object, programs: Path | None = None) -> fl
 
 
 def side_by_side(*chains: Callable[[], None]) -> None:
-    """Runs chains of commands at once, each on its share of the cores: two small models on a core each get 1.3
-    times as far as one after the other on both."""
+    """Runs chains of commands at once, each on its share of the cores.
+
+    Two tiny models on a core each take 0.85 s a step, one on both cores 0.55.
+    """
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
     def run(number: int, chain: Callable[[], None]) -> None:
