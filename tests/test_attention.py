@@ -80,3 +80,35 @@ def test_gradients():
     expected = jax.grad(lambda *x: (weight * reference_attention(*x, mask)).sum(), (0, 1, 2))(q, k, v)
     for one, other in zip(actual, expected, strict=True):
         np.testing.assert_allclose(one, other, atol=5e-6)
+
+
+@pytest.mark.parametrize("is_causal, packed", [(True, False), (False, False), (True, True)])
+def test_rows_of_several_blocks_of_queries(is_causal, packed):
+    length = 300
+    assert 2 * module.block_length(length) < length < 3 * module.block_length(length)
+    q, k, v = qkv(4, 2, length, length)
+    segments = jnp.searchsorted(jnp.asarray([100, 250]), jnp.arange(length), side="right") if packed else None
+    segments = None if segments is None else jnp.broadcast_to(segments, (3, length))
+    mask = jnp.ones((3, length, length), bool)
+    mask = jnp.tril(mask) if is_causal else mask
+    mask = mask & (segments[:, :, None] == segments[:, None]) if packed else mask
+    weight = jax.random.normal(jax.random.key(1), q.shape)
+
+    def ours(*x):
+        out = attention(*x, is_causal=is_causal, segment_ids=segments)
+        return (weight * out).sum(), out
+
+    def definition(*x):
+        out = reference_attention(*x, mask)
+        return (weight * out).sum(), out
+
+    actual, out = jax.grad(ours, (0, 1, 2), has_aux=True)(q, k, v)
+    expected, reference = jax.grad(definition, (0, 1, 2), has_aux=True)(q, k, v)
+    close(out, reference)
+    for one, other in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=5e-6)
+
+
+def test_long_rows_have_few_blocks():
+    """Each is code to compile."""
+    assert max(-(-length // module.block_length(length)) for length in range(1, 40_000, 7)) == 12
