@@ -298,7 +298,7 @@ def cache_root() -> Path:
 
 
 def ensure_sample(cache_dir: str | os.PathLike | None = None) -> dict[str, Path]:
-    """Renders the embedded sample on first use (about half a minute) and returns {split: JSON path}.
+    """Renders the embedded sample on first use (about a minute) and returns {split: JSON path}.
 
     The folder appears under its final name only when complete, so an interrupted or concurrent first use
     does no harm.
