@@ -157,6 +157,17 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def named(rows: list[dict], key: str, near: float) -> list[tuple[float, list[str]]]:
+    """(place on the axis, policies there), so that the names of neighbours do not cover each other."""
+    places: list[tuple[float, list[str]]] = []
+    for row in sorted(rows, key=lambda row: row[key]):
+        if places and row[key] - places[-1][0] < near:
+            places[-1][1].append(row["policy"])
+        else:
+            places.append((row[key], [row["policy"]]))
+    return places
+
+
 def plot(rows: list[dict], path: Path) -> None:
     """Accuracy over visual tokens, and over time; vertical bars are 95 % Wilson intervals."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
@@ -175,10 +186,10 @@ def plot(rows: list[dict], path: Path) -> None:
                 [max(100 * b - a, 0) for a, b in zip(y, high, strict=True)],
             )
             axis.errorbar(x, y, yerr=bars, fmt="o", capsize=2, markersize=4, label=kind)
-        for row in rows:
+        for at, names in named(rows, key, 0.03 * span):
             axis.annotate(
-                row["policy"], (row[key], 1), xycoords=("data", "axes fraction"), rotation=90, fontsize=7,
-                va="top", ha="right", color="grey",
+                "\n".join(names), (at, 1.02), xycoords=("data", "axes fraction"), fontsize=7, ha="center",
+                annotation_clip=False,
             )  # fmt: skip
         axis.set_xlabel(text)
         axis.grid(alpha=0.3)
