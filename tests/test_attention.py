@@ -109,6 +109,12 @@ def test_rows_of_several_blocks_of_queries(is_causal, packed):
         np.testing.assert_allclose(one, other, atol=5e-6)
 
 
+def test_no_rows_at_all():
+    """The tower's of a text-only prompt."""
+    none = jnp.zeros((0, 5, 4, 8))
+    assert attention(none, none, none, is_causal=False).shape == none.shape
+
+
 def test_long_rows_have_few_blocks():
     """Each is code to compile."""
     assert max(-(-length // module.block_length(length)) for length in range(1, 40_000, 7)) == 12

@@ -74,7 +74,7 @@ def _in_blocks(
 
     Rows and key heads are one axis throughout: with two, XLA for CPUs takes twice as long for the gradients.
     """
-    batch, length, heads = k.shape[:3]
+    length, heads = k.shape[1:3]
     block = block_length(length)
     q = rearrange(q, "b l (k g) d -> (b k) g l d", k=heads)
     k, v = (rearrange(x, "b l k d -> (b k) l d") for x in (k, v))
@@ -93,7 +93,7 @@ def _in_blocks(
         weights = rearrange(jax.nn.softmax(scores, axis=-1), "n g l s -> n (g l) s").astype(v.dtype)
         out = jnp.einsum("nqs,nsd->nqd", weights, v[:, :seen])
         found.append(rearrange(out, "n (g l) d -> n g l d", l=end - begin))
-    return rearrange(jnp.concatenate(found, axis=2), "(b k) g l d -> b l (k g) d", b=batch)
+    return rearrange(jnp.concatenate(found, axis=2), "(b k) g l d -> b l (k g) d", k=heads)
 
 
 def reference_attention(
