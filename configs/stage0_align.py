@@ -28,4 +28,4 @@ def get_config(model: str) -> Config:
         ),
     )
     # Below this line: the embedded sizes
-    return small_model(config, steps=200, learning_rate=1e-3) if model in SMALL_MODELS else config
+    return small_model(config, steps=200, lr=1e-3) if model in SMALL_MODELS else config

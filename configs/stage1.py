@@ -34,4 +34,4 @@ def get_config(model: str) -> Config:
         ),
     )
     # NOT THE PAPER below this line: the embedded sizes
-    return small_model(config, steps=130, learning_rate=1e-3) if model in SMALL_MODELS else config
+    return small_model(config, steps=130, lr=1e-3) if model in SMALL_MODELS else config

@@ -36,5 +36,5 @@ def get_config(model: str) -> Config:
     )
     # NOT THE PAPER below this line: the embedded sizes
     if model in SMALL_MODELS:
-        config = small_model(config, steps=460, learning_rate=2.5e-3, b2=0.98)
+        config = small_model(config, steps=460, lr=2.5e-3, b2=0.98)
     return config

@@ -344,9 +344,7 @@ def warmup_steps(total: int, ratio: float) -> int:
 SMALL_MODELS = ("tiny", "mini")
 
 
-def small_model(
-    config: Config, *, steps: int = 130, learning_rate: float = 1e-3, b2: float = 0.999
-) -> Config:
+def small_model(config: Config, *, steps: int = 130, lr: float = 1e-3, b2: float = 0.999) -> Config:
     """NOT THE PAPER: a recipe's settings for `tiny` and `mini`, which learn in minutes on a CPU.
 
     2e-6 cannot move a model of 3.5 M parameters in minutes; its views are 112 or 224 px; float32 is what a
@@ -364,7 +362,7 @@ def small_model(
         max_length=1024,
         anyres=config.anyres.for_views(vision.image_size, vision.patch_size),
         lora=dataclasses.replace(config.lora, dropout=0.0),
-        optim=dataclasses.replace(config.optim, tower_lr=learning_rate, projector_lr=learning_rate, b2=b2),
+        optim=dataclasses.replace(config.optim, tower_lr=lr, projector_lr=lr, b2=b2),
         view_buckets=(1, 2, 5, 7, 10, 17, 26, 37),
         length_multiple=512,  # few programs: compiling costs more than the padding here
     )

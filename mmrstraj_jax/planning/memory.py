@@ -233,14 +233,12 @@ class _Attention(NamedTuple):
         """Bytes that the backward pass of XLA's attention keeps, less those of a fused one: queries, keys,
         values, the output, and a float32 log-sum a query."""
         rows, length, heads, _ = self.key.shape
-        fused = (2 + 2 * self.queries_per_key) * _bytes(
-            self.key
-        ) + 4 * rows * length * heads * self.queries_per_key
-        return self._kept() - fused
+        log_sums = 4 * rows * length * heads * self.queries_per_key
+        return self._kept() - (2 + 2 * self.queries_per_key) * _bytes(self.key) - log_sums
 
     def saved_by_blocks(self) -> int:
         """Bytes of scores that are not alive at once where they are computed again: of all blocks but one."""
-        rows, length, heads, dim = self.key.shape
+        length = self.key.shape[1]
         count = math.ceil(length / block_length(length))
         operands = (2 + self.queries_per_key) * _bytes(self.key)
         alive = 2 / (count + 1) if self.is_causal else 1 / count  # the share of the last block
