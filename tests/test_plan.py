@@ -101,7 +101,7 @@ def test_recomputing_saves_memory_and_fused_attention_holds_no_scores():
         for fused in (True, False)
     }
     scores = 4 * 3 * 1024**2 / 2 * TINY.text.num_hidden_layers  # float32, 3 heads, not what is behind
-    assert kept[False]["saved by the decoder"] - kept[True]["saved by the decoder"] > 2 * scores
+    assert kept[False]["saved by the decoder"] - kept[True]["saved by the decoder"] > scores
     # with fused attention everything grows with the length, nothing with its square
     doubled = memory.estimate(config("none"), TINY, shape._replace(length=2048)).peak_phase.buffers
     assert doubled["saved by the decoder"] < 2.01 * kept[True]["saved by the decoder"]

@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -16,8 +17,8 @@ def uses_cudnn(dtype: jnp.dtype) -> bool:
 
 def block_length(length: int) -> int:
     """Queries that XLA's attention of whole rows of this length scores at once: their scores stay in the
-    processor's cache, and each block is code to compile, so few for long rows."""
-    return 128 * math.ceil(length / 1536)
+    processor's cache. Each block is code to compile, so a long row has larger ones as well as more."""
+    return max(128, 8 * math.ceil(math.sqrt(length)))
 
 
 def attention(
@@ -75,25 +76,32 @@ def _in_blocks(
     Rows and key heads are one axis throughout: with two, XLA for CPUs takes twice as long for the gradients.
     """
     length, heads = k.shape[1:3]
-    block = block_length(length)
-    q = rearrange(q, "b l (k g) d -> (b k) g l d", k=heads)
+    groups, block = q.shape[2] // heads, block_length(length)
+    q = rearrange(q, "b l (k g) d -> (b k) (l g) d", k=heads)
     k, v = (rearrange(x, "b l k d -> (b k) l d") for x in (k, v))
     found = []
     for begin in range(0, length, block):
         end = min(begin + block, length)
         seen = end if is_causal else length
-        asking = rearrange(q[:, :, begin:end], "n g l d -> n (g l) d")
+        asking = q[:, begin * groups : end * groups]
         scores = jnp.einsum("nqd,nsd->nqs", asking, k[:, :seen], preferred_element_type=jnp.float32)
-        scores = rearrange(scores, "n (g l) s -> n g l s", l=end - begin) * q.shape[-1] ** -0.5
+        scores = scores * q.shape[-1] ** -0.5
+        # Added, not selected: the backward pass has no select, and XLA for CPUs a shorter forward one
         if is_causal:
-            scores = jnp.where(jnp.arange(begin, end)[:, None] >= jnp.arange(seen), scores, -jnp.inf)
+            query = jnp.arange(begin * groups, end * groups) // groups
+            scores = scores + _penalty(query[:, None] >= jnp.arange(seen))
         if segment_ids is not None:
             same = segment_ids[:, begin:end, None] == segment_ids[:, None, :seen]
-            scores = jnp.where(repeat(same, "b l s -> (b k) 1 l s", k=heads), scores, -jnp.inf)
-        weights = rearrange(jax.nn.softmax(scores, axis=-1), "n g l s -> n (g l) s").astype(v.dtype)
-        out = jnp.einsum("nqs,nsd->nqd", weights, v[:, :seen])
-        found.append(rearrange(out, "n (g l) d -> n g l d", l=end - begin))
-    return rearrange(jnp.concatenate(found, axis=2), "(b k) g l d -> b l (k g) d", k=heads)
+            scores = scores + _penalty(repeat(same, "b l s -> (b k) (l g) s", k=heads, g=groups))
+        # Divided after the product: the backward pass then keeps one array of scores, not two
+        weights = jnp.exp(scores - lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+        out = jnp.einsum("nqs,nsd->nqd", weights.astype(v.dtype), v[:, :seen])
+        found.append((out / weights.sum(axis=-1, keepdims=True)).astype(v.dtype))
+    return rearrange(jnp.concatenate(found, axis=1), "(b k) (l g) d -> b l (k g) d", k=heads, g=groups)
+
+
+def _penalty(visible: Bool[Array, "*N Lq Lk"]) -> Float[Array, "*N Lq Lk"]:
+    return jnp.where(visible, 0.0, -jnp.inf)
 
 
 def reference_attention(

@@ -48,7 +48,7 @@ def rotate(x: Float[Array, "B L K D"], rope: tuple[Array, Array]) -> Float[Array
 
 def along_rows(x: Float[Array, "B L *D"], at: Int[Array, "B Q"]) -> Float[Array, "B Q *D"]:
     """The tokens `at` of each row."""
-    return jnp.take_along_axis(x, at.reshape(*at.shape, *[1] * (x.ndim - 2)), axis=1)
+    return jnp.take_along_axis(x, at.reshape(*at.shape, *[1] * (x.ndim - 2)), axis=1, mode="clip")
 
 
 class Attention(nnx.Module):
@@ -199,6 +199,8 @@ class Qwen2(nnx.Module):
             x, _ = scan_layers(body, self.layers, x, last=count, **how)
             return self.norm(x)
         x, _ = scan_layers(body, self.layers, x, last=count - 1, **how)
+        # Its backward pass follows at once: what it keeps is no longer alive than were it computed again
+        how = how | {"remat": "none"}
         _, wanted = scan_layers(last, self.layers, x, first=count - 1, last=count, **how)
         return self.norm(wanted[0])
 

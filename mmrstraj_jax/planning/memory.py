@@ -32,7 +32,7 @@ from mmrstraj_jax.training.step import last_layer_is_short
 LOGIT_COPIES = 3
 # XLA's CPU library (YNNPACK) works in memory of its own, which memory_analysis does not count: arrays as
 # large as what a softmax runs over. How many at once was measured (docs/planning.md).
-SCRATCH_COPIES = 3
+SCRATCH_COPIES = 2
 
 
 @dataclass(frozen=True)
@@ -190,8 +190,8 @@ def _phases(config: Config, model: ModelConfig, shape: Shape, rows: int, fused: 
         asked = jax.ShapeDtypeStruct((*batch["positions"].shape, text.hidden_size), dtype)
         args = *blocks["decoder"][2], batch["positions"]
         last = _Block(decoder, whole.language_model.layers, args)  # its few queries: scores, as on a CPU
-        saved["decoder"] += last.kept(config.remat) - saved["decoder"] // layers["decoder"]
-        live["decoder"] = max(live["decoder"], last.workspace(config.remat))
+        saved["decoder"] += last.kept("none") - saved["decoder"] // layers["decoder"]
+        live["decoder"] = max(live["decoder"], last.workspace("none"))
     if not flops.tower_trains(config):  # no gradient goes through it: it runs forward only, and keeps nothing
         saved["tower"] = 0
 
