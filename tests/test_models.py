@@ -23,6 +23,7 @@ from model_samples import (
 )
 
 from mmrstraj_jax.data import anyres
+from mmrstraj_jax.models import layers
 from mmrstraj_jax.models.layers import LoRAParam, Trainable, unstacked
 from mmrstraj_jax.models.lora import train_in_full
 from mmrstraj_jax.models.qwen2 import Qwen2, init_cache
@@ -354,3 +355,16 @@ def test_rope_base_and_positions_matter():
     # RoPE is relative: shifting all positions of a row changes nothing.
     shifted = jax.jit(text)(text.embed(ids), positions=jnp.arange(5)[None] + 100)
     np.testing.assert_allclose(shifted[0, -1], states[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, layers.FEW_ROWS, layers.FEW_ROWS + 1])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_product_of_any_number_of_rows(rows, dtype):
+    """XLA for CPUs gets a few rows, and a single one, in other forms than many."""
+    x = jax.random.normal(jax.random.key(0), (rows, 1, 24)).astype(dtype)
+    weight = jax.random.normal(jax.random.key(1), (16, 24)).astype(dtype)
+    found = layers.times(x, weight, jnp.float32)
+    expected = np.asarray(x, np.float32) @ np.asarray(weight, np.float32).T
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    np.testing.assert_array_equal(layers.times(x, weight).shape, (rows, 1, 16))

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int, Key
 from mmrstraj_jax.models.quantized import dequantized
 
 REMAT_POLICIES = ("none", "block", "dots")
+FEW_ROWS = 32  # as batches of decoding have
 
 
 class Trainable(nnx.Param):
@@ -38,11 +39,16 @@ def times(
     x: Float[Array, "*N in"], weight: Float[Array, "out in"], dtype: jnp.dtype | None = None
 ) -> Float[Array, "*N out"]:
     """x W^T, in `dtype` where it is not that of x."""
-    if x.dtype == jnp.bfloat16 and x.size == x.shape[-1] and jax.default_backend() == "cpu":
+    rows = x.size // x.shape[-1]
+    if jax.default_backend() == "cpu" and x.dtype == jnp.bfloat16 and rows == 1:
         # For a single row XLA for CPUs makes a float32 copy of the whole weight, for two rows none
-        rows = jnp.concatenate([x.reshape(1, -1)] * 2)
-        y = jnp.einsum("ni,oi->no", rows, weight, preferred_element_type=dtype)[0]
+        two = jnp.concatenate([x.reshape(1, -1)] * 2)
+        y = jnp.einsum("ni,oi->no", two, weight, preferred_element_type=dtype)[0]
         return y.reshape(*x.shape[:-1], -1)
+    if jax.default_backend() == "cpu" and x.dtype == jnp.float32 and 1 < rows <= FEW_ROWS:
+        # W x^T reads a float32 weight up to twice as fast as x W^T (bfloat16: half as fast)
+        y = jnp.einsum("oi,...i->o...", weight, x, preferred_element_type=dtype)
+        return jnp.moveaxis(y, 0, -1)
     return jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=dtype)
 
 
