@@ -46,6 +46,9 @@ WINS = {
     ),
     "compiled-loop": Win({"kind": "decode"}, {"a host loop, cache copied": ["--without", "compiled-loop"]}),
     "layout": Win({"kind": "decode"}, {"layers in one stack": ["--without", "layout"]}),
+    "few-rows": Win(
+        {"kind": "decode", "batch": 4}, {"weights on the right of every product": ["--without", "few-rows"]}
+    ),
     "early-stop": Win({"kind": "answer", "batch": 4}, {"the loop runs on": ["--without", "early-stop"]}),
     "fused-attention": Win(
         ROW | {"views": 5, "remat": "dots"}, {"scores in memory": ["--without", "fused-attention"]}

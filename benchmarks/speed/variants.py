@@ -213,6 +213,14 @@ class Stacked(ours.Decode):
         super().__init__(item, budget)
 
 
+class RightWeights(ours.Decode):
+    """x W^T for a few rows too, not W x^T."""
+
+    def __init__(self, item: Item, budget: int):
+        layers.FEW_ROWS = 0
+        super().__init__(item, budget)
+
+
 class Answer:
     """Whole answers of workloads.ANSWER tokens, prompt included; rows that are done end the compiled loop."""
 
@@ -279,6 +287,7 @@ WITHOUT = {  # what is given up -> the kinds that change
     "buckets": {"stream": PaddedStream},
     "compiled-loop": {"decode": HostLoop},
     "layout": {"decode": Stacked},
+    "few-rows": {"decode": RightWeights},
     "early-stop": {"answer": WholeLoop},
     "fused-attention": {"train": MaterialisedScores},
     "uint8": {"transfer": FloatTransfer},
