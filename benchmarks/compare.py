@@ -11,6 +11,7 @@ these files. Needs jax, flax, optax, einops, jaxtyping, numpy, torch, transforme
 """
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 
@@ -45,6 +46,11 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--again", action="store_true", help="also what is measured already")
     parser.add_argument("--threads", type=int, help="CPUs of each side; default: all")
+    parser.add_argument(
+        "--rival-python",
+        default=sys.executable,
+        help="Python that has torch; default: this one",
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "measured")
     args = parser.parse_args()
     gpu = args.device == "gpu"
@@ -53,6 +59,8 @@ def arguments() -> argparse.Namespace:
         setattr(args, name, given)
         if not given or set(given) - set(known):
             parser.error(f"--{name} {','.join(given)}: expected some of {', '.join(known)}")
+    if not shutil.which(args.rival_python):
+        parser.error(f"--rival-python {args.rival_python}: expected a Python that can be run")
     args.dtype = args.dtype or ("bfloat16" if gpu else "float32")
     args.pairs = args.pairs or (5 if gpu else 9)
     args.views = args.views or (5 if gpu else 1)
@@ -71,9 +79,9 @@ def arguments() -> argparse.Namespace:
 
 def setting(args: argparse.Namespace) -> measure.Setting:
     cpus = session.all_cpus()[: args.threads]
-    theirs = ["-m", "speed.theirs", "--threads", str(len(cpus))]
+    theirs = [args.rival_python, "-m", "speed.theirs", "--threads", str(len(cpus))]
     theirs += ["--device", "cuda"] if args.device == "gpu" else []
-    commands = {measure.OURS: ["-m", "speed.ours"]}
+    commands = {measure.OURS: [sys.executable, "-m", "speed.ours"]}
     commands |= {name: [*theirs, *options] for name, options in (RIVALS[each] for each in args.rivals)}
     return session.setting(commands, args.device, args.dtype, args.pairs, cpus)
 

@@ -82,7 +82,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     args = arguments()
-    variants = ["-m", "speed.variants"]
+    variants = [sys.executable, "-m", "speed.variants"]
     jobs, commands = [], {measure.OURS: variants}
     for win in (WINS[name] for name in args.only):
         commands |= {name: [*variants, *options] for name, options in win.before.items()}

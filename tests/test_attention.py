@@ -109,6 +109,22 @@ def test_rows_of_several_blocks_of_queries(is_causal, packed):
         np.testing.assert_allclose(one, other, atol=5e-6)
 
 
+def test_bfloat16_gradients_are_as_exact_as_the_rounding_allows():
+    """The two terms of a softmax's gradient cancel only where both come from the same rounded numbers."""
+    q, k, v = (x.astype(jnp.bfloat16) for x in qkv(4, 2, 300, 300))
+    v, weight = 0.3 * v + 1, jax.random.normal(jax.random.key(1), q.shape).astype(jnp.bfloat16)
+
+    def gradients(dtype):
+        def score(*x):
+            return (weight.astype(jnp.float32) * attention(*x, is_causal=False).astype(jnp.float32)).sum()
+
+        found = jax.grad(score, (0, 1, 2))(*(x.astype(dtype) for x in (q, k, v)))
+        return [np.asarray(x, np.float32) for x in found]
+
+    for rounded, exact in zip(gradients(jnp.bfloat16), gradients(jnp.float32), strict=True):
+        assert np.linalg.norm(rounded - exact) < 2**-8 * np.linalg.norm(exact)
+
+
 def test_no_rows_at_all():
     """The tower's of a text-only prompt."""
     none = jnp.zeros((0, 5, 4, 8))

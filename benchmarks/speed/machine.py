@@ -57,6 +57,8 @@ def describe(setting: Any, dtype: str, size: str) -> dict[str, Any]:
         found = side.ask("limits", dtype=dtype, large=size != "tiny")
         side.close()
         versions |= about["versions"]
+        if about.get("python", versions["python"]) != versions["python"]:  # --rival-python
+            versions[f"{name} in python"] = about["python"]
         device = about["device"] or device
         limits = {key: max(value, limits.get(key, 0.0)) for key, value in found.items()}
     gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30

@@ -29,9 +29,8 @@ class Job(NamedTuple):
 def setting(
     commands: dict[str, list[str]], device: str, dtype: str, pairs: int, cpus: list[int]
 ) -> measure.Setting:
-    """commands: side -> arguments of the Python that runs this."""
+    """commands: side -> command line of its child."""
     environment = ENVIRONMENT[device] | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    commands = {side: [sys.executable, *words] for side, words in commands.items()}
     fused = device == "gpu" and dtype == "bfloat16"  # cuDNN's attention has no float32
     return measure.Setting(commands, environment, cpus, pairs, fused=fused)
 

@@ -7,6 +7,7 @@ adapter dtype.
 """
 
 import argparse
+import platform
 import time
 from collections.abc import Callable
 from typing import Any
@@ -312,7 +313,8 @@ class Side:
     def about(self) -> dict:
         versions = {each.__name__: each.__version__ for each in (torch, transformers, peft)}
         name = torch.cuda.get_device_name() if self.how.device.type == "cuda" else ""
-        return {"versions": versions, "device": name, "threads": torch.get_num_threads()}
+        python = platform.python_version()
+        return {"versions": versions, "python": python, "device": name, "threads": torch.get_num_threads()}
 
 
 def main() -> None:

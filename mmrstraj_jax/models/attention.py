@@ -93,10 +93,12 @@ def _in_blocks(
         if segment_ids is not None:
             same = segment_ids[:, begin:end, None] == segment_ids[:, None, :seen]
             scores = scores + _penalty(repeat(same, "b l s -> (b k) (l g) s", k=heads, g=groups))
-        # Divided after the product: the backward pass then keeps one array of scores, not two
         weights = jnp.exp(scores - lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-        out = jnp.einsum("nqs,nsd->nqd", weights.astype(v.dtype), v[:, :seen])
-        found.append((out / weights.sum(axis=-1, keepdims=True)).astype(v.dtype))
+        total = weights.sum(axis=-1, keepdims=True)
+        if v.dtype == jnp.float32:  # the backward pass keeps one array of scores, not two
+            found.append(jnp.einsum("nqs,nsd->nqd", weights, v[:, :seen]) / total)
+        else:  # with a rounded product, gradients of queries and keys would be several times less exact
+            found.append(jnp.einsum("nqs,nsd->nqd", (weights / total).astype(v.dtype), v[:, :seen]))
     return rearrange(jnp.concatenate(found, axis=1), "(b k) (l g) d -> b l (k g) d", k=heads, g=groups)
 
 
