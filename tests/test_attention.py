@@ -122,7 +122,7 @@ def test_bfloat16_gradients_are_as_exact_as_the_rounding_allows():
         return [np.asarray(x, np.float32) for x in found]
 
     for rounded, exact in zip(gradients(jnp.bfloat16), gradients(jnp.float32), strict=True):
-        assert np.linalg.norm(rounded - exact) < 2**-8 * np.linalg.norm(exact)
+        assert np.linalg.norm(rounded - exact) < 2**-7 * np.linalg.norm(exact)
 
 
 def test_no_rows_at_all():
