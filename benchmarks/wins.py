@@ -36,6 +36,7 @@ WINS = {
     "remat": Win(
         ROW | {"remat": "block"}, {"remat none": ["--remat", "none"], "remat dots": ["--remat", "dots"]}
     ),
+    "adapters": Win(ROW | {"remat": "dots"}, {"adapters' products kept": ["--without", "adapters"]}),
     "scan": Win(ROW | {"remat": "dots"}, {"layers unrolled": ["--without", "scan"]}, from_cache=True),
     "buckets": Win(
         {"kind": "stream", "remat": "dots"}, {"padded to the longest row": ["--without", "buckets"]}

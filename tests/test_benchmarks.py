@@ -22,7 +22,9 @@ class Side:
         return {"lower_s": 0.25, "compile_s": 1.0, "fused_attention": False}
     def outputs(self, path):
         factor = float(sys.argv[1])
-        np.savez(path, loss=np.float32(2.0), gradient=factor * np.linspace(1, 2, 50, dtype=np.float32))
+        rest = np.full(500, 9, np.float32)
+        gradient = factor * np.linspace(1, 2, 50, dtype=np.float32)
+        np.savez(path, loss=np.float32(2.0), gradient=gradient, rest=rest)
         return {}
     def time(self):
         return {"seconds": float(sys.argv[2]), "loss": float(sys.argv[3])}
@@ -102,7 +104,52 @@ def test_a_missing_array_is_a_disagreement():
     assert disagreements({}, {}, "float32")[0], "nothing compared is nothing known"
 
 
+@pytest.mark.parametrize(
+    "mine, rival, passes",
+    [
+        (0.05, 0.04, True),  # apart by more than the limit, each within it
+        (0.07, 0.19, True),  # the rival's rounding
+        (0.07, 0.05, False),  # ours
+        (0.01, 0.60, False),  # more than rounding: another computation
+        (0.55, 0.60, False),
+    ],
+)
+def test_float32_decides_where_16_bits_differ(mine, rival, passes):
+    from speed.gate import disagreements
+
+    truth = arrays() | {"b": np.full(4000, 3, np.float32)}  # what makes most of the gradient agrees
+    noise = np.random.default_rng(1).normal(size=truth["a"].shape).astype(np.float32)
+    noise *= np.linalg.norm(truth["a"]) / np.linalg.norm(noise)
+    ours, theirs = (truth | {"a": truth["a"] + error * noise} for error in (mine, -rival))
+    assert disagreements(ours, theirs, "bfloat16")[0], "without float32 nothing over the limit passes"
+    found, worst = disagreements(ours, theirs, "bfloat16", truth)
+    assert bool(found) != passes and worst > 0.06
+    assert passes or "from float32 ours" in found[0]
+    scaled = theirs | {"b": 1.07 * truth["b"]}
+    assert len(disagreements(ours, scaled, "bfloat16", truth)[0]) == 2, "together they are not the same"
+
+
+def test_every_dtype_computes_with_the_same_weights(item):
+    import ml_dtypes
+    from speed.workloads import weight
+
+    for name in ("layers.0.self_attn.q_proj.lora_B", "layers.0.mlp.fc1.weight", "layer_norm1.weight"):
+        drawn = weight(name, (32, 48))
+        assert drawn.std() > 0 and np.array_equal(drawn, drawn.astype(ml_dtypes.bfloat16).astype(np.float32))
+
+
 # ---- a run of stubs ----
+
+
+def test_a_rival_that_only_rounds_more_is_measured(item):
+    from speed import measure
+
+    said = []
+    how = setting(ours=stub(), rounds=stub(factor=1.1), wrong=stub(factor=1.6))
+    result = measure.measure(dataclasses.replace(item, dtype="bfloat16"), how, said.append)
+    assert result["ratios"].keys() == {"rounds"} and result["refused"].keys() == {"wrong"}
+    assert result["from_float32"] == pytest.approx({"ours": 0.0, "rounds": 0.1, "wrong": 0.6}, abs=1e-3)
+    assert sum("float32 decides" in line for line in said) == 2
 
 
 def test_no_figure_of_a_side_that_disagrees(item):

@@ -53,6 +53,30 @@ def test_formula_of_a_linear():
     np.testing.assert_allclose(linear(x), expected, atol=1e-5)
 
 
+def test_remat_dots_keeps_nothing_wide_of_an_adapter():
+    """Of each linear its product [N, out]; of its adapter only A's, [N, r]."""
+    rows, width, rank = 64, 32, 4
+    x = jnp.ones((rows, width))
+
+    def kept(adapted: bool) -> int:
+        first, second = (Linear(width, width, use_bias=False, rngs=nnx.Rngs(seed)) for seed in (0, 1))
+        for linear in (first, second) if adapted else ():
+            linear.lora_A = layers.LoRAParam(jnp.ones((rank, width)))
+            linear.lora_B = layers.LoRAParam(jnp.ones((width, rank)))
+        graphdef, params = nnx.split((first, second))
+
+        def block(params, x):
+            one, two = nnx.merge(graphdef, params)
+            return two(jax.nn.gelu(one(x)))
+
+        back = jax.vjp(layers.rematerialised(block, "dots"), params, x)[1]
+        inputs = sum(leaf.size for leaf in jax.tree.leaves((params, x)))
+        return sum(leaf.size for leaf in jax.tree.leaves(back)) - inputs
+
+    assert kept(False) == rows * width  # the first product; nothing asks for the second again
+    assert kept(True) == kept(False) + 2 * rows * rank
+
+
 def test_initial_adapters():
     """A is kaiming-uniform(a = sqrt 5), bound 1 / sqrt(in), its own in every linear and layer; B is zero."""
     built = with_lora(model(dtype=jnp.bfloat16), random_b=False)

@@ -97,6 +97,7 @@ def measure(
     Returns:
         name, item, work (tables.work), sides {side: seconds, median_s, peak, compile_s, ...}, ratios
         {rival: tables.ratio}, refused {rival: why}: rivals that disagree have a reason and no figure;
+        from_float32 {side: largest relative error}, where 16 bits differed so much that float32 decided;
         other_work: share of the CPUs that others used just before or after the rounds.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -127,14 +128,28 @@ def _first(
     return prepared, arrays
 
 
+def _in_float32(item: Item, setting: Setting, folder: str) -> dict[str, np.ndarray]:
+    """Our outputs in float32: weights are drawn as 16 bits hold them, so they are the same."""
+    child = setting.start(OURS, JAX_DEFAULT_MATMUL_PRECISION="highest")
+    try:
+        return _first(child, dataclasses.replace(item, dtype="float32"), setting, folder)[1]
+    finally:
+        child.close()
+
+
 def _measure(item, setting, say, children, folder, from_cache) -> dict[str, Any]:
     sides, arrays = {}, {}
     for side, child in children.items():
         say(f"{item.name}: {side} starts")
         sides[side], arrays[side] = _first(child, item, setting, folder)
-    refused, errors = {}, {}
+    refused, errors, from_float32, truth = {}, {}, {}, None
     for side in list(children)[1:]:
         why, errors[side] = gate.disagreements(arrays[OURS], arrays[side], item.dtype)
+        if why and item.dtype != "float32":
+            say(f"{item.name}: {side} and ours differ by {errors[side]:.2g}: float32 decides")
+            truth = truth or _in_float32(item, setting, folder)
+            why, _ = gate.disagreements(arrays[OURS], arrays[side], item.dtype, truth)
+            from_float32 |= {each: gate.distance(arrays[each], truth) for each in (OURS, side)}
         if why:
             refused[side] = why
             say(f"{item.name}: {side} REFUSED, the two sides do not compute the same: {'; '.join(why[:3])}")
@@ -148,6 +163,7 @@ def _measure(item, setting, say, children, folder, from_cache) -> dict[str, Any]
         "item": dataclasses.asdict(item),
         "work": tables.work(item, workloads.DECODE_TOKENS),
         "relative_error": errors,
+        "from_float32": from_float32,
         "sides": {},
         "ratios": {},
         "refused": refused,

@@ -96,8 +96,8 @@ def add(path: Path, head: dict[str, Any], result: dict[str, Any]) -> None:
     kept, measured = [], {*result["ratios"], *result["refused"]}
     for old in read(path):
         if old["item"] == result["item"]:
-            for part in ("sides", "ratios", "refused", "relative_error"):
-                old[part] = {name: value for name, value in old[part].items() if name not in measured}
+            for part in ("sides", "ratios", "refused", "relative_error", "from_float32"):
+                old[part] = {name: value for name, value in old.get(part, {}).items() if name not in measured}
             if not old["ratios"] and not old["refused"]:
                 continue
         kept.append(old)

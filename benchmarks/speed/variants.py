@@ -127,6 +127,15 @@ class AllGradients(ours.Train):
         return step
 
 
+class AdaptersKept(ours.Train):
+    """Remat "dots" keeps every product without batch axes, those with the adapters' B as well."""
+
+    def prepare(self) -> None:
+        policies = jax.checkpoint_policies
+        policies.save_only_these_names = lambda *names: policies.dots_with_no_batch_dims_saveable
+        super().prepare()
+
+
 class Unrolled(ours.Train):
     """Layers one after the other in the program, instead of a loop over them."""
 
@@ -281,6 +290,7 @@ WITHOUT = {  # what is given up -> the kinds that change
     "supervised-positions": {"train": EveryPosition},
     "frozen-weights": {"train": AllGradients},
     "last-layer": {"train": WholeLastLayer},
+    "adapters": {"train": AdaptersKept},
     "scan": {"train": Unrolled},
     "last-token": {"prefill": EveryQuery},
     "query-blocks": {"prefill": WholeScores},

@@ -118,7 +118,16 @@ def _draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A tensor of one layer by its name, float32: activations stay of size 1 through all layers."""
+    """A tensor of one layer by its name, float32: activations stay of size 1 through all layers.
+
+    Values are cut to what bfloat16 holds, so every dtype computes with the same weights.
+    """
+    drawn = _weight(name, shape)
+    drawn.view(np.uint32)[...] &= 0xFFFF0000
+    return drawn
+
+
+def _weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
     last = name.rsplit(".", 1)[-1]
     if last == "lora_B":
         return 0.01 * _draw(name, shape)

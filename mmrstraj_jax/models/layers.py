@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Key
@@ -20,6 +21,7 @@ from jaxtyping import Array, Float, Int, Key
 from mmrstraj_jax.models.quantized import dequantized
 
 REMAT_POLICIES = ("none", "block", "dots")
+PRODUCT = "product of a Linear"
 FEW_ROWS = 32  # as batches of decoding have
 
 
@@ -88,12 +90,15 @@ class Linear(nnx.Module):
             y = times(x, self.weight[...].astype(x.dtype))
         else:
             y = self._times_stored(x, self.weight[...], self.weight_scale[...])
+        y = checkpoint_name(y, PRODUCT)
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         if self.lora_A is not None:
             if keys is not None and self.lora_dropout > 0:
                 x = dropout(x, self.lora_dropout, jax.vmap(lambda key: jax.random.fold_in(key, tag))(keys))
             low = jnp.einsum("...i,ri->...r", x, self.lora_A[...].astype(x.dtype))
+            low = checkpoint_name(low, PRODUCT)
+            # B's product has no name: as wide as the layer's own, it would double what "dots" keeps
             y = y + self.lora_scale * jnp.einsum("...r,or->...o", low, self.lora_B[...].astype(x.dtype))
         return y
 
@@ -173,7 +178,7 @@ def rematerialised(
     policy = {
         "none": _all_but_fetched,
         "block": None,
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
     }[remat]
     return jax.checkpoint(step, prevent_cse=prevent_cse, policy=policy)
 
@@ -208,8 +213,8 @@ def scan_layers(
         body: one layer; index is its number, a traced scalar in a loop.
         layers: module whose every parameter has the layer axis first; or `unstacked` ones, for inference.
         carry: any pytree.
-        remat: "none" stores every residual, "block" only the carry between layers, "dots" also the results of
-            matrix products without batch axes.
+        remat: "none" stores every residual, "block" only the carry between layers, "dots" also the products
+            of linears and of their adapters' A.
         unroll: a Python loop instead of lax.scan (tests, and small programs).
         mesh: the devices that weights are split over. Each layer is gathered inside the loop, in the forward
             and again in the backward pass, and every leaf of the carry is split along its first axis. None:
