@@ -275,6 +275,8 @@ class _Block:
     def workspace(self, remat: str) -> int:
         """Bytes that one layer needs while its backward pass runs, beside what it kept."""
         again = 0 if remat == "none" else self.kept("none")
+        if remat == "dots":  # what it kept is not computed again
+            again -= self.kept(remat) - _bytes(self._args[0])
         if again and self._attends and not self._fused:
             again -= self._attends.saved_by_blocks()
         return again + 2 * _bytes(self._args[0])  # the gradient coming in and the one going out
