@@ -15,6 +15,8 @@ from typing import NamedTuple
 from speed import measure, session, tables, workloads
 from speed.workloads import Item
 
+from mmrstraj_jax.config import SMALL_MODELS
+
 
 class Win(NamedTuple):
     """A saving: what is timed, and the sides that lack it: name -> options of speed.variants."""
@@ -54,8 +56,16 @@ WINS = {
     "fused-attention": Win(
         ROW | {"views": 5, "remat": "dots"}, {"scores in memory": ["--without", "fused-attention"]}
     ),
+    "one-by-one": Win({"kind": "vision", "views": 5}, {"views all at once": ["--without", "one-by-one"]}),
     "uint8": Win({"kind": "transfer", "views": 25}, {"float32 pixels": ["--without", "uint8"]}),
 }
+
+
+def offered(device: str, size: str) -> list[str]:
+    """Savings that this device has with models of this size; without the others both sides are the same."""
+    absent = {"one-by-one"} if device == "gpu" or size in SMALL_MODELS else set()
+    absent |= {"fused-attention"} if device == "cpu" else set()
+    return [name for name in WINS if name not in absent]
 
 
 def arguments() -> argparse.Namespace:
@@ -63,7 +73,7 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--size", choices=tuple(workloads.SIZES), default="mini")
-    parser.add_argument("--only", help="default: all that the device has")
+    parser.add_argument("--only", help="default: all that device and size have")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32; GPU: bfloat16")
     parser.add_argument("--pairs", type=int, default=9, help="rounds; default: %(default)s")
@@ -71,11 +81,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "measured")
     args = parser.parse_args()
     args.dtype = args.dtype or ("bfloat16" if args.device == "gpu" else "float32")
-    # cuDNN's attention: on a CPU both sides would be the same
-    offered = [name for name in WINS if args.device == "gpu" or name != "fused-attention"]
-    args.only = offered if args.only is None else [name for name in args.only.split(",") if name]
-    if not args.only or set(args.only) - set(offered):
-        parser.error(f"--only {','.join(args.only)}: expected some of {', '.join(offered)}")
+    names = offered(args.device, args.size)
+    args.only = names if args.only is None else [name for name in args.only.split(",") if name]
+    if not args.only or set(args.only) - set(names):
+        parser.error(f"--only {','.join(args.only)}: expected some of {', '.join(names)}")
     if args.pairs < 5:
         parser.error(f"--pairs {args.pairs}: a median of fewer than 5 rounds says nothing")
     return args

@@ -42,7 +42,7 @@ def _logits(graphdef: nnx.GraphDef, params: nnx.State, inputs: Inputs) -> Float[
 def _features(graphdef: nnx.GraphDef, params: nnx.State, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
     """Tower features [V, T, D] and pool vectors [N, H] of one row."""
     model = nnx.merge(graphdef, params)
-    tower = model.encode_views(inputs.views[0])
+    tower = model.encode_views(inputs.views[0], one_by_one=jax.default_backend() == "cpu")
     pool = visual_pool(
         model.multi_modal_projector(tower)[None],
         model.image_newline[...],

@@ -23,7 +23,7 @@ from model_samples import (
 )
 
 from mmrstraj_jax.data import anyres
-from mmrstraj_jax.models import layers
+from mmrstraj_jax.models import layers, siglip
 from mmrstraj_jax.models.layers import LoRAParam, Trainable, unstacked
 from mmrstraj_jax.models.lora import train_in_full
 from mmrstraj_jax.models.qwen2 import Qwen2, init_cache
@@ -200,6 +200,21 @@ def test_a_list_of_feature_layers_concatenates():
         nnx.update(single.vision_tower, nnx.State({**state, "layers": layers}))
         parts.append(jax.jit(single.encode_views)(views))
     np.testing.assert_allclose(features, jnp.concatenate(parts, axis=-1), atol=ATOL)
+
+
+def test_large_views_one_by_one_equal_views_together(monkeypatch):
+    config = vision_config()
+    built, views = model(config), random_views(config, count=3)
+    encode = jax.jit(built.encode_views, static_argnames="one_by_one")
+    together = encode(views)
+    whole = encode.lower(views, one_by_one=True).as_text()
+    assert whole == encode.lower(views).as_text(), "small views are computed together"
+    monkeypatch.setattr(siglip, "LARGE_VIEW", 0)
+    jax.clear_caches()
+    text = encode.lower(views, one_by_one=True).as_text()
+    assert text.count("stablehlo.while") == whole.count("stablehlo.while") + 1
+    np.testing.assert_allclose(encode(views, one_by_one=True), together, atol=ATOL)
+    assert encode(views[:0], one_by_one=True).shape == (0, *together.shape[1:])
 
 
 def test_only_layers_that_run_are_held():

@@ -109,7 +109,8 @@ class Vision:
 
     def _features(self, params, pixels):
         model = nnx.merge(self.graphdef, params)
-        return model.multi_modal_projector(model.encode_views(pixels))
+        features = model.encode_views(pixels, one_by_one=jax.default_backend() == "cpu")
+        return model.multi_modal_projector(features)
 
     def step(self) -> jax.Array:
         return self.program(self.params, self.pixels)

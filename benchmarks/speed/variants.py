@@ -147,6 +147,14 @@ class Unrolled(ours.Train):
         super().prepare()
 
 
+class ViewsTogether(ours.Vision):
+    """Large views all at once on a CPU too."""
+
+    def __init__(self, item: Item):
+        siglip.LARGE_VIEW = 2**62
+        super().__init__(item)
+
+
 class EveryQuery(ours.Prefill):
     """The last layer's queries and MLP of every token of the prompt."""
 
@@ -292,6 +300,7 @@ WITHOUT = {  # what is given up -> the kinds that change
     "last-layer": {"train": WholeLastLayer},
     "adapters": {"train": AdaptersKept},
     "scan": {"train": Unrolled},
+    "one-by-one": {"vision": ViewsTogether},
     "last-token": {"prefill": EveryQuery},
     "query-blocks": {"prefill": WholeScores},
     "buckets": {"stream": PaddedStream},

@@ -84,7 +84,8 @@ def _prefill(static: _Static, params, inputs: Inputs, remaining, seen, keys, val
         model = nnx.merge(static.graphdef, params)
         text = model.language_model
         cache = init_cache(text.config, inputs.input_ids.shape[0], slots, text.dtype)
-        hidden, cache = model.prefill(inputs, cache)
+        on_cpu = static.mesh.devices.flat[0].platform == "cpu"
+        hidden, cache = model.prefill(inputs, cache, one_by_one=on_cpu)
         state = DecodeState(cache, remaining, remaining, seen, keys, jnp.zeros_like(remaining))
         return _choose(static, model, hidden, state, values, eos)
 

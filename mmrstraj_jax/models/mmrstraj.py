@@ -52,7 +52,7 @@ class MMRSTraj(nnx.Module):
     def encode_views(
         self, pixels: UInt8[Array, "N S S 3"], keys: Key[Array, " N"] | None = None, **how
     ) -> Float[Array, "N T F"]:
-        """Tower features of single views; how: remat, unroll, mesh of layers.scan_layers."""
+        """Tower features of single views; how: one_by_one, and remat, unroll, mesh of layers.scan_layers."""
         return self.vision_tower(pixels, keys, **how)
 
     def visual_pool(self, inputs: Inputs, key: Key[Array, ""] | None = None, **how) -> Float[Array, "B P H"]:
@@ -104,9 +104,9 @@ class MMRSTraj(nnx.Module):
         """float32 logits of chosen hidden states."""
         return self.language_model.logits(hidden)
 
-    def prefill(self, inputs: Inputs, cache: KVCache) -> tuple[Float[Array, "B H"], KVCache]:
-        """Reads a prompt into the cache; returns the hidden state after its last token."""
-        return self.language_model.prefill(self.embed(inputs), inputs.lengths, cache)
+    def prefill(self, inputs: Inputs, cache: KVCache, **how) -> tuple[Float[Array, "B H"], KVCache]:
+        """Reads a prompt into the cache; the hidden state after its last token. how: of encode_views."""
+        return self.language_model.prefill(self.embed(inputs, **how), inputs.lengths, cache)
 
     def decode(self, tokens: Int[Array, " B"], cache: KVCache) -> tuple[Float[Array, "B H"], KVCache]:
         """One more token a row."""

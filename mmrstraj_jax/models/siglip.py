@@ -8,11 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
+from jax import lax
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from mmrstraj_jax.config import VisionConfig
 from mmrstraj_jax.models.attention import attention
 from mmrstraj_jax.models.layers import LayerNorm, Linear, normal, scan_layers
+
+# Activations of a view's MLP: with more, a CPU's caches do not hold several views' (wins.py, one-by-one)
+LARGE_VIEW = 2**20
 
 
 class Attention(nnx.Module):
@@ -101,6 +105,8 @@ class SiglipVisionTower(nnx.Module):
         self,
         pixels: UInt8[Array, "N S S 3"],
         keys: Key[Array, " N"] | None = None,
+        *,
+        one_by_one: bool = False,
         **how,
     ) -> Float[Array, "N T F"]:
         """Features of N views; F = hidden_size x number of feature layers, in the order of the config.
@@ -108,8 +114,13 @@ class SiglipVisionTower(nnx.Module):
         Args:
             pixels: RGB, 0..255; normalised here with mean and std 0.5 (a quarter of the host-device traffic).
             keys: one LoRA dropout key per view, or None.
+            one_by_one: views that are large take turns, for inference on a CPU.
             how: remat, unroll, mesh of layers.scan_layers.
         """
+        large = self.config.num_patches * self.config.intermediate_size > LARGE_VIEW
+        if one_by_one and large and len(pixels) > 1:
+            assert keys is None, "training computes its views together"
+            return lax.map(lambda view: self(view[None], **how)[0], pixels)
         x = ((pixels.astype(jnp.float32) / 255 - 0.5) / 0.5).astype(self.dtype)
         x = self.patch_embedding(x) + self.position_embedding.weight[...].astype(self.dtype)
 
