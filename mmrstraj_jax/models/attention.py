@@ -44,6 +44,8 @@ def attention(
     cudnn = uses_cudnn(q.dtype) and q_at is None
     if not cudnn and q_at is None and kv_lengths is None:
         return _in_blocks(q, k, v, is_causal, segment_ids)
+    if not cudnn and q_at is None and q.shape[1] == 1 and not is_causal:
+        return _one_query(q, k, v, kv_lengths)
     mask: Bool[Array, "B 1 Lq Lk"] | None = None
     if q_at is not None:
         assert is_causal
@@ -100,6 +102,28 @@ def _in_blocks(
         else:  # with a rounded product, gradients of queries and keys would be several times less exact
             found.append(jnp.einsum("nqs,nsd->nqd", (weights / total).astype(v.dtype), v[:, :seen]))
     return rearrange(jnp.concatenate(found, axis=1), "(b k) (l g) d -> b l (k g) d", k=heads, g=groups)
+
+
+def _one_query(
+    q: Float[Array, "B 1 Hq D"],
+    k: Float[Array, "B Lk Hkv D"],
+    v: Float[Array, "B Lk Hkv D"],
+    kv_lengths: Int[Array, " B"],
+) -> Float[Array, "B 1 Hq D"]:
+    """XLA's attention of one token per row to a cache, which is read as it lies.
+
+    With a product for each key head, XLA for CPUs first copies the whole cache into another order. Instead
+    every query is multiplied with the keys of all heads, as a vector that is zero for those it does not read.
+    """
+    heads, dim = k.shape[2:]
+    own = jnp.repeat(jnp.eye(heads, dtype=q.dtype), q.shape[2] // heads, axis=0)[..., None]  # [Hq, Hkv, 1]
+    asking = rearrange(q[:, 0, :, None] * own, "b h k d -> b h (k d)")
+    k, v = (rearrange(x, "b s k d -> b s (k d)") for x in (k, v))
+    scores = jnp.einsum("bhc,bsc->bhs", asking, k, preferred_element_type=jnp.float32) * dim**-0.5
+    scores = scores + _penalty(jnp.arange(k.shape[1]) < kv_lengths[:, None])[:, None]
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    found = rearrange(jnp.einsum("bhs,bsc->bhc", weights, v), "b h (k d) -> b h k d", k=heads)
+    return (found * own).sum(axis=2)[:, None]
 
 
 def _penalty(visible: Bool[Array, "*N Lq Lk"]) -> Float[Array, "*N Lq Lk"]:

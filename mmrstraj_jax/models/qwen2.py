@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
 from mmrstraj_jax.config import TextConfig
@@ -252,6 +253,8 @@ class Qwen2(nnx.Module):
             def attend(q, k, v):
                 updated["k"] = k_all.at[index, rows, slots].set(k[:, 0].astype(k_all.dtype))
                 updated["v"] = v_all.at[index, rows, slots].set(v[:, 0].astype(v_all.dtype))
+                # Else XLA for CPUs would update a layer's slice apart, and copy the whole cache to do so
+                updated["k"], updated["v"] = lax.optimization_barrier((updated["k"], updated["v"]))
                 return attention(
                     q, updated["k"][index], updated["v"][index], is_causal=False, kv_lengths=slots + 1
                 )
