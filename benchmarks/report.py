@@ -91,7 +91,7 @@ def section(want: Section, found: Found, images: Path) -> str:
     text = f"{found.head['host']}.\n\n" if want.device == "cpu" else f"{found.head['machine']}.\n\n"
     text += "\n".join(rows) + "\n"
     if any(result["ratios"] for result in shown):
-        name = f"speed-{want.device}-{want.size}-{want.dtype}.png"
+        name = f"{found.path.stem}.png"
         tables.plot(shown, f"{want.title}: {found.head['machine']}", images / name)
         text += f"\n![time of ours over the rival's](images/{name})\n"
     return text + tables.first_steps(shown) + how(shown)
@@ -204,14 +204,18 @@ README_ITEMS = {
 
 
 def summary(folder: Path) -> str:
-    """README's table: ours over PyTorch eager, a column for each section."""
+    """README's table: ours over PyTorch eager, a column for each section; one machine in each."""
     columns = []
     for want in SECTIONS:
-        pattern = f"speed-{want.device}-{want.size}-{want.dtype}-*.json"
-        results = [result for found in read(folder, pattern) for result in found.results]
-        columns.append(
-            {one["name"]: one["ratios"][tables.EAGER] for one in results if tables.EAGER in one["ratios"]}
-        )
+        machines = [
+            {
+                one["name"]: one["ratios"][tables.EAGER]
+                for one in found.results
+                if one["name"] in README_ITEMS and tables.EAGER in one["ratios"]
+            }
+            for found in read(folder, f"speed-{want.device}-{want.size}-{want.dtype}-*.json")
+        ]
+        columns.append(max(machines, key=len, default={}))
     rows = ["| time of ours / PyTorch eager | " + " | ".join(want.title for want in SECTIONS) + " |"]
     rows.append("|---" * (1 + len(SECTIONS)) + "|")
     for name, label in README_ITEMS.items():

@@ -52,6 +52,7 @@ WINS = {
     "few-rows": Win(
         {"kind": "decode", "batch": 4}, {"weights on the right of every product": ["--without", "few-rows"]}
     ),
+    "one-query": Win({"kind": "decode"}, {"a product for each key head": ["--without", "one-query"]}),
     "early-stop": Win({"kind": "answer", "batch": 4}, {"the loop runs on": ["--without", "early-stop"]}),
     "fused-attention": Win(
         ROW | {"views": 5, "remat": "dots"}, {"scores in memory": ["--without", "fused-attention"]}
@@ -63,8 +64,9 @@ WINS = {
 
 def offered(device: str, size: str) -> list[str]:
     """Savings that this device has with models of this size; without the others both sides are the same."""
-    absent = {"one-by-one"} if device == "gpu" or size in SMALL_MODELS else set()
-    absent |= {"fused-attention"} if device == "cpu" else set()
+    on_cpu = {"one-by-one", "layout", "few-rows", "one-query"}
+    absent = {"fused-attention"} if device == "cpu" else on_cpu
+    absent |= {"one-by-one"} if size in SMALL_MODELS else set()
     return [name for name in WINS if name not in absent]
 
 

@@ -128,6 +128,27 @@ def test_what_may_not_be_shown_reads_not_measured(tmp_path, capsys):
     assert "| LoRA step, layers recomputed | 0.90 | Not measured |" in report.summary(tmp_path)
 
 
+def test_machines_are_not_mixed(tmp_path):
+    import report
+    from speed import store
+
+    for machine, ratio, names in (("a", 0.9, ["train-block"]), ("b", 0.8, ["train-block", "decode-1"])):
+        path = tmp_path / f"speed-cpu-0.5b-float32-{machine}.json"
+        for name in names:
+            result = result_of("train-block", {"PyTorch eager": ratio}) | {"name": name}
+            result["item"]["length"] = len(name)  # another item
+            store.add(path, HEAD | {"host": f"host {machine}"}, result)
+    store.add(
+        tmp_path / "speed-cpu-0.5b-float32-c.json", HEAD, result_of("train-block", {"PyTorch eager": 0.7})
+    )
+    table = report.summary(tmp_path)
+    assert "| LoRA step, layers recomputed | 0.80 |" in table and "| answer, batch 1 | 0.80 |" in table
+    page = report.speed(tmp_path, tmp_path)
+    for machine in "ab":  # a table and a plot of each
+        assert f"host {machine}.\n" in page and f"speed-cpu-0.5b-float32-{machine}.png)" in page
+        assert (tmp_path / f"speed-cpu-0.5b-float32-{machine}.png").stat().st_size > 0
+
+
 def test_savings_and_captions_on_the_page(tmp_path):
     import report
     from speed import store

@@ -238,6 +238,16 @@ class RightWeights(ours.Decode):
         super().__init__(item, budget)
 
 
+class HeadByHead(ours.Decode):
+    """One token's attention to the cache as jax.nn writes it, a product for each key head."""
+
+    def __init__(self, item: Item, budget: int):
+        attention_module._one_query = lambda q, k, v, kv_lengths: jax.nn.dot_product_attention(
+            q, k, v, key_value_seq_lengths=kv_lengths, implementation="xla"
+        )
+        super().__init__(item, budget)
+
+
 class Answer:
     """Whole answers of workloads.ANSWER tokens, prompt included; rows that are done end the compiled loop."""
 
@@ -307,6 +317,7 @@ WITHOUT = {  # what is given up -> the kinds that change
     "compiled-loop": {"decode": HostLoop},
     "layout": {"decode": Stacked},
     "few-rows": {"decode": RightWeights},
+    "one-query": {"decode": HeadByHead},
     "early-stop": {"answer": WholeLoop},
     "fused-attention": {"train": MaterialisedScores},
     "uint8": {"transfer": FloatTransfer},
