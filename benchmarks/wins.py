@@ -62,11 +62,12 @@ WINS = {
 }
 
 
-def offered(device: str, size: str) -> list[str]:
-    """Savings that this device has with models of this size; without the others both sides are the same."""
+def offered(device: str, size: str, dtype: str) -> list[str]:
+    """Savings that this device has with such models; without the others both sides are the same."""
     on_cpu = {"one-by-one", "layout", "few-rows", "one-query"}
     absent = {"fused-attention"} if device == "cpu" else on_cpu
     absent |= {"one-by-one"} if size in SMALL_MODELS else set()
+    absent |= {"one-query"} if dtype == "float32" else set()
     return [name for name in WINS if name not in absent]
 
 
@@ -83,7 +84,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "measured")
     args = parser.parse_args()
     args.dtype = args.dtype or ("bfloat16" if args.device == "gpu" else "float32")
-    names = offered(args.device, args.size)
+    names = offered(args.device, args.size, args.dtype)
     args.only = names if args.only is None else [name for name in args.only.split(",") if name]
     if not args.only or set(args.only) - set(names):
         parser.error(f"--only {','.join(args.only)}: expected some of {', '.join(names)}")
