@@ -205,18 +205,17 @@ README_ITEMS = {
 
 def summary(folder: Path) -> str:
     """README's table: ours over PyTorch eager, a column for each section; one machine in each."""
-    columns = []
+    titles, columns = [], []
     for want in SECTIONS:
-        machines = [
-            {
-                one["name"]: one["ratios"][tables.EAGER]
-                for one in found.results
-                if one["name"] in README_ITEMS and tables.EAGER in one["ratios"]
-            }
-            for found in read(folder, f"speed-{want.device}-{want.size}-{want.dtype}-*.json")
-        ]
-        columns.append(max(machines, key=len, default={}))
-    rows = ["| time of ours / PyTorch eager | " + " | ".join(want.title for want in SECTIONS) + " |"]
+        title, items = want.title, {}
+        for found in read(folder, f"speed-{want.device}-{want.size}-{want.dtype}-*.json"):
+            eager = {one["name"]: one["ratios"].get(tables.EAGER) for one in found.results}
+            shown = {name: eager[name] for name in README_ITEMS if eager.get(name)}
+            if len(shown) > len(items):
+                title, items = f"{want.title}: {found.head['machine']}", shown
+        titles.append(title)
+        columns.append(items)
+    rows = ["| time of ours / PyTorch eager | " + " | ".join(titles) + " |"]
     rows.append("|---" * (1 + len(SECTIONS)) + "|")
     for name, label in README_ITEMS.items():
         cells = [f"{found[name]['median']:.2f}" if name in found else "Not measured" for found in columns]
