@@ -47,8 +47,12 @@ WINS = {
     "query-blocks": Win(
         {"kind": "prefill"}, {"scores of all queries at once": ["--without", "query-blocks"]}
     ),
+    "own-masks": Win({"kind": "prefill"}, {"masks shared by all layers": ["--without", "own-masks"]}),
+    "rounded-apart": Win({"kind": "prefill"}, {"products that round": ["--without", "rounded-apart"]}),
+    "activations": Win({"kind": "prefill"}, {"activations in bfloat16": ["--without", "activations"]}),
     "compiled-loop": Win({"kind": "decode"}, {"a host loop, cache copied": ["--without", "compiled-loop"]}),
     "layout": Win({"kind": "decode"}, {"layers in one stack": ["--without", "layout"]}),
+    "tower-layout": Win({"kind": "vision", "views": 1}, {"tower in one stack": ["--without", "layout"]}),
     "few-rows": Win(
         {"kind": "decode", "batch": 4}, {"weights on the right of every product": ["--without", "few-rows"]}
     ),
@@ -64,10 +68,10 @@ WINS = {
 
 def offered(device: str, size: str, dtype: str) -> list[str]:
     """Savings that this device has with such models; without the others both sides are the same."""
-    on_cpu = {"one-by-one", "layout", "few-rows", "one-query"}
+    on_cpu = {"one-by-one", "layout", "tower-layout", "few-rows", "one-query", "own-masks", "rounded-apart"}
     absent = {"fused-attention"} if device == "cpu" else on_cpu
     absent |= {"one-by-one"} if size in SMALL_MODELS else set()
-    absent |= {"one-query"} if dtype == "float32" else set()
+    absent |= {"one-query", "rounded-apart", "activations"} if dtype == "float32" else set()
     return [name for name in WINS if name not in absent]
 
 

@@ -40,9 +40,10 @@ def test_plain_and_grouped(heads, is_causal, dtype):
     close(actual, reference_attention(q, k, v, mask))
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("query_len", [1, 7])
-def test_kv_lengths(query_len):
-    q, k, v = qkv(4, 2, query_len=query_len)
+def test_kv_lengths(query_len, dtype):
+    q, k, v = qkv(4, 2, query_len=query_len, dtype=dtype)
     lengths = jnp.asarray([1, 4, 7])
     mask = jnp.broadcast_to((jnp.arange(7) < lengths[:, None])[:, None], (3, query_len, 7))
     actual = attention(q, k, v, is_causal=False, kv_lengths=lengths)
@@ -123,6 +124,21 @@ def test_bfloat16_gradients_are_as_exact_as_the_rounding_allows():
 
     for rounded, exact in zip(gradients(jnp.bfloat16), gradients(jnp.float32), strict=True):
         assert np.linalg.norm(rounded - exact) < 2**-7 * np.linalg.norm(exact)
+
+
+def test_layers_do_not_share_masks():
+    """XLA for CPUs would write each block's out, as large as its scores, and keep it for all layers."""
+    length, heads, groups = 1_100, 2, 2
+    q, k, v = (jnp.zeros((1, length, count, 8)) for count in (heads * groups, heads, heads))
+
+    @jax.jit
+    def three_layers(q, k, v):
+        for _ in range(3):
+            q = module.attention(q, k, v, is_causal=True)
+        return q
+
+    scores = 4 * heads * groups * module.block_length(length) * length  # bytes of the largest block's
+    assert three_layers.lower(q, k, v).compile().memory_analysis().temp_size_in_bytes < 7 * scores
 
 
 def test_no_rows_at_all():

@@ -383,3 +383,36 @@ def test_a_product_of_any_number_of_rows(rows, dtype):
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, expected, atol=2e-5)
     np.testing.assert_array_equal(layers.times(x, weight).shape, (rows, 1, 16))
+
+
+def test_a_large_product_in_bfloat16_has_the_plain_one_s_derivatives():
+    """XLA for CPUs does not round it; then nothing may turn the weight into float32 on the way back."""
+    x = jax.random.normal(jax.random.key(0), (layers.FEW_ROWS + 1, 24)).astype(jnp.bfloat16)
+    weight = jax.random.normal(jax.random.key(1), (16, 24)).astype(jnp.bfloat16)
+
+    def score(product, x, weight):
+        return jnp.square(product(x, weight).astype(jnp.float32)).sum()
+
+    plain = functools.partial(jnp.einsum, "ni,oi->no")
+    found, expected = (jax.value_and_grad(functools.partial(score, f), (0, 1)) for f in (layers.times, plain))
+    for one, other in zip(*(jax.tree.leaves(f(x, weight)) for f in (found, expected)), strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_allclose(np.float32(one), np.float32(other), rtol=2**-6, atol=2**-6)
+    lowered = jax.jit(jax.grad(lambda x, weight: score(layers.times, x, weight))).lower(x, weight).as_text()
+    assert "16x24xbf16" in lowered and "16x24xf32" not in lowered
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_activation_is_rounded_once_and_keeps_nothing_in_float32(dtype):
+    gate, up = (3 * jax.random.normal(jax.random.key(seed), (64, 8)).astype(dtype) for seed in (0, 1))
+
+    def function(gate, up):
+        return jax.nn.silu(gate) * up
+
+    exact, exact_back = jax.vjp(function, gate.astype(jnp.float32), up.astype(jnp.float32))
+    found, back = jax.vjp(functools.partial(layers.in_float32, function), gate, up)
+    np.testing.assert_array_equal(found, exact.astype(dtype))
+    for one, other in zip(back(jnp.ones_like(found)), exact_back(jnp.ones_like(exact)), strict=True):
+        np.testing.assert_array_equal(one, other.astype(dtype))
+    if dtype == "bfloat16":
+        assert {leaf.dtype for leaf in jax.tree.leaves(back) if leaf.size > 1} == {jnp.dtype(dtype)}

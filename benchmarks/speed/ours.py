@@ -103,7 +103,7 @@ class Vision:
     """Tower and projector over the views of one row."""
 
     def __init__(self, item: Item):
-        self.graphdef, self.params = nnx.split(build(item))
+        self.graphdef, self.params = nnx.split(laid_out(build(item), jax.default_backend()))
         self.pixels = jnp.asarray(workloads.pixels(item)[0])
         self.program = Program(self._features, self.params, self.pixels)
 

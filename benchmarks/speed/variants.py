@@ -155,6 +155,14 @@ class ViewsTogether(ours.Vision):
         super().__init__(item)
 
 
+class StackedTower(ours.Vision):
+    """The tower's layers as one stack, in a loop over it."""
+
+    def __init__(self, item: Item):
+        ours.laid_out = lambda model, platform: model
+        super().__init__(item)
+
+
 class EveryQuery(ours.Prefill):
     """The last layer's queries and MLP of every token of the prompt."""
 
@@ -185,6 +193,30 @@ class WholeScores(ours.Prefill):
             return jax.nn.dot_product_attention(q, k, v, is_causal=is_causal, implementation="xla")
 
         attention_module._in_blocks = library
+        super().__init__(item)
+
+
+class SharedMasks(ours.Prefill):
+    """The compiler may write masks out for all layers at once."""
+
+    def __init__(self, item: Item):
+        attention_module.lax = types.SimpleNamespace(**vars(jax.lax) | {"optimization_barrier": lambda x: x})
+        super().__init__(item)
+
+
+class RoundedProducts(ours.Prefill):
+    """Products in bfloat16 are rounded by XLA's own product."""
+
+    def __init__(self, item: Item):
+        layers._rounded_apart = layers._times
+        super().__init__(item)
+
+
+class RoundedActivations(ours.Prefill):
+    """Every step of the activation function is rounded to bfloat16."""
+
+    def __init__(self, item: Item):
+        qwen2.in_float32 = lambda function, *arrays: function(*arrays)
         super().__init__(item)
 
 
@@ -313,9 +345,12 @@ WITHOUT = {  # what is given up -> the kinds that change
     "one-by-one": {"vision": ViewsTogether},
     "last-token": {"prefill": EveryQuery},
     "query-blocks": {"prefill": WholeScores},
+    "own-masks": {"prefill": SharedMasks},
+    "rounded-apart": {"prefill": RoundedProducts},
+    "activations": {"prefill": RoundedActivations},
     "buckets": {"stream": PaddedStream},
     "compiled-loop": {"decode": HostLoop},
-    "layout": {"decode": Stacked},
+    "layout": {"decode": Stacked, "vision": StackedTower},
     "few-rows": {"decode": RightWeights},
     "one-query": {"decode": HeadByHead},
     "early-stop": {"answer": WholeLoop},

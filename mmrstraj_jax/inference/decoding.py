@@ -132,11 +132,12 @@ def row_keys(seed: int, numbers: Sequence[int]) -> Key[Array, " B"]:
 
 
 def laid_out(model: MMRSTraj, platform: str) -> MMRSTraj:
-    """The model with its decoder's weights as this platform's products read them best (layers.unstacked)."""
+    """The model with its weights as this platform's products read them best (layers.unstacked)."""
     if platform != "cpu":
         return model
     model = nnx.merge(*nnx.split(model))  # the same arrays in a module of its own
-    model.language_model.layers = unstacked(model.language_model.layers)
+    for part in (model.vision_tower, model.language_model):
+        part.layers = unstacked(part.layers)
     return model
 
 

@@ -44,8 +44,10 @@ def attention(
     cudnn = uses_cudnn(q.dtype) and q_at is None
     if not cudnn and q_at is None and kv_lengths is None:
         return _in_blocks(q, k, v, is_causal, segment_ids)
-    if not cudnn and q_at is None and q.shape[1] == 1 and not is_causal and q.dtype == jnp.bfloat16:
-        return _one_query(q, k, v, kv_lengths)  # float32 is up to 6 % slower so
+    if kv_lengths is not None:
+        assert not is_causal and segment_ids is None and q_at is None, "a cache is read up to its length"
+        if not cudnn and q.shape[1] == 1 and q.dtype == jnp.bfloat16:  # float32 is up to 6 % slower so
+            return _one_query(q, k, v, kv_lengths)
     mask: Bool[Array, "B 1 Lq Lk"] | None = None
     if q_at is not None:
         assert is_causal
@@ -86,12 +88,17 @@ def _in_blocks(
         end = min(begin + block, length)
         seen = end if is_causal else length
         asking = q[:, begin * groups : end * groups]
-        scores = jnp.einsum("nqd,nsd->nqs", asking, k[:, :seen], preferred_element_type=jnp.float32)
-        scores = scores * q.shape[-1] ** -0.5
+        query = jnp.arange(begin * groups, end * groups) // groups
+        unseen = _penalty(query[:, None] >= jnp.arange(seen)) if is_causal else None
+        # Tied to these queries. XLA for CPUs would write out what blocks and layers share as large as the
+        # scores are, keep it, and read it in each
+        scale, unseen, _ = lax.optimization_barrier(
+            (jnp.float32(q.shape[-1] ** -0.5), unseen, lax.stop_gradient(asking))
+        )
+        scores = jnp.einsum("nqd,nsd->nqs", asking, k[:, :seen], preferred_element_type=jnp.float32) * scale
         # Added, not selected: the backward pass has no select, and XLA for CPUs a shorter forward one
-        if is_causal:
-            query = jnp.arange(begin * groups, end * groups) // groups
-            scores = scores + _penalty(query[:, None] >= jnp.arange(seen))
+        if unseen is not None:
+            scores = scores + unseen
         if segment_ids is not None:
             same = segment_ids[:, begin:end, None] == segment_ids[:, None, :seen]
             scores = scores + _penalty(repeat(same, "b l s -> (b k) (l g) s", k=heads, g=groups))

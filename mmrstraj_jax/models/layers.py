@@ -42,8 +42,8 @@ def times(
 ) -> Float[Array, "*N out"]:
     """x W^T, in `dtype` where it is not that of x."""
     rows = x.size // x.shape[-1]
-    least = 1 if x.dtype == jnp.bfloat16 else 2
-    if jax.default_backend() == "cpu" and least <= rows <= FEW_ROWS:
+    on_cpu, rounds = jax.default_backend() == "cpu", x.dtype == jnp.bfloat16
+    if on_cpu and (1 if rounds else 2) <= rows <= FEW_ROWS:
         # XLA for CPUs reads a weight up to twice as fast for W x^T as for x W^T. Not for a single row: a
         # float32 one is as fast either way, for a bfloat16 one it makes a float32 copy of the whole weight
         few = x.reshape(rows, -1)
@@ -51,7 +51,50 @@ def times(
         y = jnp.einsum("oi,ni->on", weight, few, preferred_element_type=dtype)
         y = lax.optimization_barrier(y)  # else the transpose is folded into the product: x W^T again
         return y[:, :rows].T.reshape(*x.shape[:-1], -1)
+    if on_cpu and rounds and dtype is None:
+        return _rounded_apart(x, weight)
+    return _times(x, weight, dtype)
+
+
+def _times(x: Array, weight: Array, dtype: jnp.dtype | None = None) -> Array:
     return jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=dtype)
+
+
+@jax.custom_jvp
+def _rounded_apart(x: Array, weight: Array) -> Array:
+    """A product in bfloat16, rounded after it: XLA for CPUs takes longer where it rounds as it multiplies.
+
+    The derivative is the plain product's; this one's would turn the whole weight into float32.
+    """
+    return _times(x, weight, jnp.float32).astype(x.dtype)
+
+
+def _rounded_apart_jvp(primals: tuple[Array, Array], tangents: tuple[Any, Any]) -> tuple[Array, Any]:
+    (x, weight), (dx, dweight) = primals, tangents
+    y = _rounded_apart(x, weight)
+    terms = [
+        _times(*pair)
+        for pair in ((dx, weight), (x, dweight))
+        if not any(isinstance(each, jax.custom_derivatives.SymbolicZero) for each in pair)
+    ]
+    return y, sum(terms[1:], terms[0])
+
+
+_rounded_apart.defjvp(_rounded_apart_jvp, symbolic_zeros=True)
+
+
+def in_float32(function: Callable[..., Array], *arrays: Array) -> Array:
+    """An elementwise function of rounded arrays, rounded once, at its end; XLA for CPUs rounds slowly.
+
+    It is computed again in the backward pass, which would else keep float32 arrays.
+    """
+    if arrays[0].dtype == jnp.float32:
+        return function(*arrays)
+
+    def rounded(*arrays: Array) -> Array:
+        return function(*(each.astype(jnp.float32) for each in arrays)).astype(arrays[0].dtype)
+
+    return jax.checkpoint(rounded, prevent_cse=False)(*arrays)
 
 
 class Linear(nnx.Module):

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from mmrstraj_jax.config import TextConfig
 from mmrstraj_jax.models.attention import attention
-from mmrstraj_jax.models.layers import Linear, RMSNorm, normal, scan_layers, times
+from mmrstraj_jax.models.layers import Linear, RMSNorm, in_float32, normal, scan_layers, times
 
 
 class KVCache(NamedTuple):
@@ -86,7 +86,8 @@ class MLP(nnx.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, use_bias=False, **init)
 
     def __call__(self, x: Float[Array, "B L H"], keys) -> Float[Array, "B L H"]:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x, keys, 4)) * self.up_proj(x, keys, 5), keys, 6)
+        gate, up = self.gate_proj(x, keys, 4), self.up_proj(x, keys, 5)
+        return self.down_proj(in_float32(lambda gate, up: jax.nn.silu(gate) * up, gate, up), keys, 6)
 
 
 class DecoderLayer(nnx.Module):
