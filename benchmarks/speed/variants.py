@@ -216,7 +216,7 @@ class RoundedActivations(ours.Prefill):
     """Every step of the activation function is rounded to bfloat16."""
 
     def __init__(self, item: Item):
-        qwen2.in_float32 = lambda function, *arrays: function(*arrays)
+        qwen2.gated = lambda gate, up: jax.nn.silu(gate) * up
         super().__init__(item)
 
 

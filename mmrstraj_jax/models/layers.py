@@ -83,20 +83,6 @@ def _rounded_apart_jvp(primals: tuple[Array, Array], tangents: tuple[Any, Any]) 
 _rounded_apart.defjvp(_rounded_apart_jvp, symbolic_zeros=True)
 
 
-def in_float32(function: Callable[..., Array], *arrays: Array) -> Array:
-    """An elementwise function of rounded arrays, rounded once, at its end; XLA for CPUs rounds slowly.
-
-    It is computed again in the backward pass, which would else keep float32 arrays.
-    """
-    if arrays[0].dtype == jnp.float32:
-        return function(*arrays)
-
-    def rounded(*arrays: Array) -> Array:
-        return function(*(each.astype(jnp.float32) for each in arrays)).astype(arrays[0].dtype)
-
-    return jax.checkpoint(rounded, prevent_cse=False)(*arrays)
-
-
 class Linear(nnx.Module):
     """y = x W^T + b, plus the adapter (alpha/r) B A dropout(x) where there is one."""
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from mmrstraj_jax.config import TextConfig
 from mmrstraj_jax.models.attention import attention
-from mmrstraj_jax.models.layers import Linear, RMSNorm, in_float32, normal, scan_layers, times
+from mmrstraj_jax.models.layers import Linear, RMSNorm, normal, scan_layers, times
 
 
 class KVCache(NamedTuple):
@@ -86,8 +86,20 @@ class MLP(nnx.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, use_bias=False, **init)
 
     def __call__(self, x: Float[Array, "B L H"], keys) -> Float[Array, "B L H"]:
-        gate, up = self.gate_proj(x, keys, 4), self.up_proj(x, keys, 5)
-        return self.down_proj(in_float32(lambda gate, up: jax.nn.silu(gate) * up, gate, up), keys, 6)
+        return self.down_proj(gated(self.gate_proj(x, keys, 4), self.up_proj(x, keys, 5)), keys, 6)
+
+
+def gated(gate: Float[Array, "*B I"], up: Float[Array, "*B I"]) -> Float[Array, "*B I"]:
+    """silu(gate) * up, rounded once: XLA for CPUs rounds slowly. It is computed again in the backward pass,
+    which would else keep float32 arrays."""
+    if gate.dtype == jnp.float32:
+        return jax.nn.silu(gate) * up
+
+    def rounded_once(gate, up):
+        exact = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
+        return exact.astype(gate.dtype)
+
+    return jax.checkpoint(rounded_once, prevent_cse=False)(gate, up)
 
 
 class DecoderLayer(nnx.Module):

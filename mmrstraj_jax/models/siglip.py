@@ -3,8 +3,6 @@
 Legend: N views, T patches, D hidden, L layers run.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +13,7 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 
 from mmrstraj_jax.config import VisionConfig
 from mmrstraj_jax.models.attention import attention
-from mmrstraj_jax.models.layers import LayerNorm, Linear, in_float32, normal, scan_layers
+from mmrstraj_jax.models.layers import LayerNorm, Linear, normal, scan_layers
 
 # Activations of a view's MLP: with more, a CPU's caches do not hold several views' (wins.py, one-by-one)
 LARGE_VIEW = 2**20
@@ -44,8 +42,7 @@ class MLP(nnx.Module):
         self.fc2 = Linear(config.intermediate_size, config.hidden_size, **init)
 
     def __call__(self, x: Float[Array, "N T D"], keys: Key[Array, " N"] | None) -> Float[Array, "N T D"]:
-        gelu = functools.partial(jax.nn.gelu, approximate=True)
-        return self.fc2(in_float32(gelu, self.fc1(x, keys, 4)), keys, 5)
+        return self.fc2(jax.nn.gelu(self.fc1(x, keys, 4), approximate=True), keys, 5)
 
 
 class EncoderLayer(nnx.Module):
