@@ -212,7 +212,7 @@ def summary(folder: Path) -> str:
             eager = {one["name"]: one["ratios"].get(tables.EAGER) for one in found.results}
             shown = {name: eager[name] for name in README_ITEMS if eager.get(name)}
             if len(shown) > len(items):
-                title, items = f"{want.title}: {found.head['machine']}", shown
+                title, items = f"{want.title.rpartition(', ')[0]}, {found.head['machine']}", shown
         titles.append(title)
         columns.append(items)
     rows = ["| time of ours / PyTorch eager | " + " | ".join(titles) + " |"]
