@@ -85,8 +85,9 @@ def test_gradients():
 
 @pytest.mark.parametrize("is_causal, packed", [(True, False), (False, False), (True, True)])
 def test_rows_of_several_blocks_of_queries(is_causal, packed):
-    length = 300
-    assert 2 * module.block_length(length) < length < 3 * module.block_length(length)
+    length = 300 if is_causal else 600
+    block = module.block_length(length, is_causal, jnp.float32)
+    assert (2 if is_causal else 1) * block < length < 3 * block
     q, k, v = qkv(4, 2, length, length)
     segments = jnp.searchsorted(jnp.asarray([100, 250]), jnp.arange(length), side="right") if packed else None
     segments = None if segments is None else jnp.broadcast_to(segments, (3, length))
@@ -137,7 +138,7 @@ def test_layers_do_not_share_masks():
             q = module.attention(q, k, v, is_causal=True)
         return q
 
-    scores = 4 * heads * groups * module.block_length(length) * length  # bytes of the largest block's
+    scores = 4 * heads * groups * module.block_length(length, True, q.dtype) * length  # bytes of the largest block's
     assert three_layers.lower(q, k, v).compile().memory_analysis().temp_size_in_bytes < 7 * scores
 
 
@@ -149,4 +150,5 @@ def test_no_rows_at_all():
 
 def test_long_rows_have_few_blocks():
     """Each is code to compile."""
-    assert max(-(-length // module.block_length(length)) for length in range(1, 8_000, 7)) == 12
+    lengths = range(1, 8_000, 7)
+    assert max(-(-length // module.block_length(length, True, jnp.float32)) for length in lengths) == 12

@@ -104,7 +104,7 @@ def estimate(
         "gradients": 2 * trainable,
     }
     phases = _phases(config, model, shape, rows, gpu)
-    scratch = 0 if gpu else SCRATCH_COPIES * _largest_softmax(model, shape, rows)
+    scratch = 0 if gpu else SCRATCH_COPIES * _largest_softmax(model, shape, rows, jnp.dtype(config.dtype))
     if fsdp == 1:
         return Memory(resident, phases, scratch)
     leaves = found.trainable | found.frozen
@@ -120,17 +120,17 @@ def estimate(
     return Memory(resident, whole, scratch)
 
 
-def _largest_softmax(model: ModelConfig, shape: Shape, rows: int) -> int:
+def _largest_softmax(model: ModelConfig, shape: Shape, rows: int, dtype: jnp.dtype) -> int:
     """Bytes of the largest array that a softmax of the step runs over: scores of one layer, or logits."""
     vision, text = model.vision, model.text
-    tower = rows * shape.views * vision.num_attention_heads * _block_scores(vision.num_patches)
-    decoder = rows * text.num_attention_heads * _block_scores(shape.length)
+    tower = rows * shape.views * vision.num_attention_heads * _block_scores(vision.num_patches, False, dtype)
+    decoder = rows * text.num_attention_heads * _block_scores(shape.length, True, dtype)
     logits = rows * chunk_positions(rows, shape.supervised, text.vocab_size) * text.vocab_size
     return 4 * max(tower, decoder, logits)
 
 
-def _block_scores(length: int) -> int:
-    return length * min(length, block_length(length))
+def _block_scores(length: int, is_causal: bool, dtype: jnp.dtype) -> int:
+    return length * min(length, block_length(length, is_causal, dtype))
 
 
 def _with_layers(phase: Phase, split: dict[str, jax.ShapeDtypeStruct], count: int) -> Phase:
@@ -239,7 +239,7 @@ class _Attention(NamedTuple):
     def saved_by_blocks(self) -> int:
         """Bytes of scores that are not alive at once where they are computed again: of all blocks but one."""
         length = self.key.shape[1]
-        count = math.ceil(length / block_length(length))
+        count = math.ceil(length / block_length(length, self.is_causal, self.key.dtype))
         operands = (2 + self.queries_per_key) * _bytes(self.key)
         alive = 2 / (count + 1) if self.is_causal else 1 / count  # the share of the last block
         return int((1 - alive) * (self._kept() - operands))
