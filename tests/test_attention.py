@@ -138,7 +138,8 @@ def test_layers_do_not_share_masks():
             q = module.attention(q, k, v, is_causal=True)
         return q
 
-    scores = 4 * heads * groups * module.block_length(length, True, q.dtype) * length  # bytes of the largest block's
+    # Bytes of the largest block's
+    scores = 4 * heads * groups * module.block_length(length, True, q.dtype) * length
     assert three_layers.lower(q, k, v).compile().memory_analysis().temp_size_in_bytes < 7 * scores
 
 
