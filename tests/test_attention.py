@@ -111,14 +111,21 @@ def test_rows_of_several_blocks_of_queries(is_causal, packed):
         np.testing.assert_allclose(one, other, atol=5e-6)
 
 
-def test_bfloat16_gradients_are_as_exact_as_the_rounding_allows():
+@pytest.mark.parametrize("is_causal, packed", [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("common", [0, 4])  # to all keys, as a key's bias is in Qwen2
+def test_bfloat16_gradients_are_as_exact_as_the_rounding_allows(is_causal, packed, common):
     """The two terms of a softmax's gradient cancel only where both come from the same rounded numbers."""
-    q, k, v = (x.astype(jnp.bfloat16) for x in qkv(4, 2, 300, 300))
-    v, weight = 0.3 * v + 1, jax.random.normal(jax.random.key(1), q.shape).astype(jnp.bfloat16)
+    length = 300
+    assert not is_causal or 2 * module.block_length(length, True, jnp.bfloat16) < length
+    q, k, v = (x.astype(jnp.bfloat16) for x in qkv(4, 2, length, length))
+    k, v = 0.3 * k + common, 0.3 * v + 1
+    weight = jax.random.normal(jax.random.key(1), q.shape).astype(jnp.bfloat16)
+    segments = jnp.broadcast_to(jnp.arange(length) // 110, (3, length)) if packed else None
 
     def gradients(dtype):
         def score(*x):
-            return (weight.astype(jnp.float32) * attention(*x, is_causal=False).astype(jnp.float32)).sum()
+            out = attention(*x, is_causal=is_causal, segment_ids=segments)
+            return (weight.astype(jnp.float32) * out.astype(jnp.float32)).sum()
 
         found = jax.grad(score, (0, 1, 2))(*(x.astype(dtype) for x in (q, k, v)))
         return [np.asarray(x, np.float32) for x in found]

@@ -52,6 +52,19 @@ def test_formula_of_a_linear():
     expected = expected + 2 * low @ np.asarray(linear.lora_B[...]).T
     np.testing.assert_allclose(linear(x), expected, atol=1e-5)
 
+    graphdef, adapter, rest = nnx.split(linear, layers.LoRAParam, ...)
+
+    def squares(adapter, x):
+        return jnp.square(nnx.merge(graphdef, adapter, rest)(x)).sum() / 2
+
+    of_adapter, of_x = jax.grad(squares, (0, 1))(adapter, jnp.asarray(x))
+    gradients = of_adapter["lora_A"][...], of_adapter["lora_B"][...], of_x
+    a, b = np.asarray(linear.lora_A[...]), np.asarray(linear.lora_B[...])
+    rows, back, low = x.reshape(-1, 6), expected.reshape(-1, 5), low.reshape(-1, 8)
+    by_hand = 2 * (back @ b).T @ rows, 2 * back.T @ low, back @ (linear.weight[...] + 2 * b @ a)
+    for gradient, other in zip(gradients, by_hand, strict=True):
+        np.testing.assert_allclose(gradient.reshape(other.shape), other, rtol=1e-4, atol=1e-4)
+
 
 def test_remat_dots_keeps_nothing_wide_of_an_adapter():
     """Of each linear its product [N, out]; of its adapter only A's, [N, r]."""

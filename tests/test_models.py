@@ -350,6 +350,20 @@ def test_layers_compute_in_the_models_dtype():
     assert jax.eval_shape(lambda: built.hidden_states(batch)).dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("words", [80, 97])
+def test_a_bfloat16_heads_gradients(words):
+    """Also where the words do not divide into the parts that are summed."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = (2, 3, 16), (words, 16), (2, 3, words)
+    hidden, head, weight = (jax.random.normal(*each) for each in zip(keys, shapes, strict=True))
+    hidden, head = hidden.astype(jnp.bfloat16), head.astype(jnp.bfloat16)
+    gradients = jax.grad(lambda x, w: (weight * qwen2._scores(x, w)).sum(), (0, 1))(hidden, head)
+    expected = jnp.einsum("blv,vh->blh", weight, head), jnp.einsum("blv,blh->vh", weight, hidden)
+    for gradient, exact in zip(gradients, expected, strict=True):
+        assert gradient.dtype == jnp.bfloat16
+        assert jnp.linalg.norm(gradient - exact) < 2**-7 * jnp.linalg.norm(exact)
+
+
 def test_tied_head_is_the_embedding():
     tied = model(text_config(tie_word_embeddings=True))
     assert not hasattr(tied.language_model, "lm_head")

@@ -1,6 +1,7 @@
 """One attention for the whole model: cuDNN on GPU, XLA elsewhere. No dense mask is ever an argument."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -83,18 +84,30 @@ def _in_blocks(
     is_causal: bool,
     segment_ids: Int[Array, "B L"] | None,
 ) -> Float[Array, "B L Hq D"]:
-    """XLA's attention of whole rows, a block of queries at a time; keys behind a causal block are not read.
-
-    Rows and key heads are one axis throughout: with two, XLA for CPUs takes twice as long for the gradients.
-    """
-    length, heads = k.shape[1:3]
-    groups, block = q.shape[2] // heads, block_length(length, is_causal, q.dtype)
+    """XLA's attention of whole rows. Rows and key heads are one axis throughout: with two, XLA for CPUs takes
+    twice as long for the gradients."""
+    heads = k.shape[2]
+    groups = q.shape[2] // heads
     q = rearrange(q, "b l (k g) d -> (b k) (l g) d", k=heads)
     k, v = (rearrange(x, "b l k d -> (b k) l d") for x in (k, v))
+    if segment_ids is not None:
+        segment_ids = repeat(segment_ids, "b l -> (b k) l", k=heads)
+    by_head = jax.default_backend() == "cpu" and q.dtype == jnp.bfloat16
+    found = (_blocks_and_back_by_head if by_head else _blocks)(q, k, v, segment_ids, is_causal)
+    return rearrange(found, "(b k) (l g) d -> b l (k g) d", k=heads, g=groups)
+
+
+def _blocks(
+    q: Float[Array, "N LG D"],
+    k: Float[Array, "N L D"],
+    v: Float[Array, "N L D"],
+    segment_ids: Int[Array, "N L"] | None,
+    is_causal: bool,
+) -> Float[Array, "N LG D"]:
+    """A block of queries at a time; keys behind a causal block are not read."""
+    groups = q.shape[1] // k.shape[1]
     found = []
-    for begin in range(0, length, block):
-        end = min(begin + block, length)
-        seen = end if is_causal else length
+    for begin, end, seen in _bounds(k.shape[1], is_causal, q.dtype):
         asking = q[:, begin * groups : end * groups]
         query = jnp.arange(begin * groups, end * groups) // groups
         unseen = _penalty(query[:, None] >= jnp.arange(seen)) if is_causal else None
@@ -108,15 +121,91 @@ def _in_blocks(
         if unseen is not None:
             scores = scores + unseen
         if segment_ids is not None:
-            same = segment_ids[:, begin:end, None] == segment_ids[:, None, :seen]
-            scores = scores + _penalty(repeat(same, "b l s -> (b k) (l g) s", k=heads, g=groups))
+            own = jnp.repeat(segment_ids[:, begin:end], groups, axis=1)
+            scores = scores + _penalty(own[:, :, None] == segment_ids[:, None, :seen])
         weights = jnp.exp(scores - lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
         total = weights.sum(axis=-1, keepdims=True)
         if v.dtype == jnp.float32:  # the backward pass keeps one array of scores, not two
             found.append(jnp.einsum("nqs,nsd->nqd", weights, v[:, :seen]) / total)
         else:  # with a rounded product, gradients of queries and keys would be several times less exact
             found.append(jnp.einsum("nqs,nsd->nqd", (weights / total).astype(v.dtype), v[:, :seen]))
-    return rearrange(jnp.concatenate(found, axis=1), "(b k) (l g) d -> b l (k g) d", k=heads, g=groups)
+    return jnp.concatenate(found, axis=1)
+
+
+def _bounds(length: int, is_causal: bool, dtype: jnp.dtype) -> list[tuple[int, int, int]]:
+    """First and last query of each block, and the number of keys that it reads."""
+    block = block_length(length, is_causal, dtype)
+    ends = [min(begin + block, length) for begin in range(0, length, block)]
+    return [(begin, end, end if is_causal else length) for begin, end in zip([0, *ends], ends, strict=False)]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _blocks_and_back_by_head(
+    q: Array, k: Array, v: Array, segment_ids: Array | None, is_causal: bool
+) -> Array:
+    """`_blocks`, with a backward pass for processors that multiply bfloat16 fast.
+
+    A key head at a time, whose scores then stay in the cache. Gradients of keys and values come from scores
+    made anew as [keys, queries]: for a product over the first axis XLA for CPUs takes several times as long
+    as for both. All but products is float32.
+    """
+    return _blocks(q, k, v, segment_ids, is_causal)
+
+
+def _kept(q: Array, k: Array, v: Array, segment_ids: Array | None, is_causal: bool) -> tuple[Array, tuple]:
+    return _blocks(q, k, v, segment_ids, is_causal), (q, k, v, segment_ids)
+
+
+def _back_by_head(is_causal: bool, kept: tuple, dfound: Array) -> tuple[Array, Array, Array, None]:
+    return *lax.map(lambda head: _back(*head, is_causal), (*kept, dfound)), None
+
+
+_blocks_and_back_by_head.defvjp(_kept, _back_by_head)
+
+
+def _back(
+    q: Float[Array, "LG D"],
+    k: Float[Array, "L D"],
+    v: Float[Array, "L D"],
+    segment_ids: Int[Array, " L"] | None,
+    dfound: Float[Array, "LG D"],
+    is_causal: bool,
+) -> tuple[Float[Array, "LG D"], Float[Array, "L D"], Float[Array, "L D"]]:
+    """Gradients of the queries, keys and values of one key head."""
+    times = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    length, groups, dtype = k.shape[0], q.shape[0] // k.shape[0], q.dtype
+    dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    # A query's dscores sum to 0, so a key that all have in common moves nothing but rounding errors
+    apart = (k - k.astype(jnp.float32).mean(axis=0)).astype(dtype)
+
+    def masked(scores, query, key):
+        if is_causal:
+            scores = scores + _penalty(query >= key)
+        if segment_ids is not None:
+            scores = scores + _penalty(segment_ids[query] == segment_ids[key])
+        return scores
+
+    for begin, end, seen in _bounds(length, is_causal, dtype):
+        queries = slice(begin * groups, end * groups)
+        asking, dblock, keys, values = q[queries], dfound[queries], k[:seen], v[:seen]
+        query, key = jnp.arange(begin * groups, end * groups) // groups, jnp.arange(seen)
+        query, key, _ = lax.optimization_barrier((query, key, asking))  # masks made anew, as in `_blocks`
+        scale = q.shape[-1] ** -0.5
+
+        scores = masked(times("qd,sd->qs", asking, keys), query[:, None], key)
+        largest = scores.max(axis=1)
+        weights, dweights = jnp.exp(scale * (scores - largest[:, None])), times("qd,sd->qs", dblock, values)
+        total = weights.sum(axis=1)
+        mean = (weights * dweights).sum(axis=1) / total
+        dscores = weights * (dweights - mean[:, None]) * (scale / total)[:, None]
+        dq.append(times("qs,sd->qd", dscores.astype(dtype), apart[:seen]).astype(dtype))
+
+        scores = masked(times("sd,qd->sq", keys, asking), query, key[:, None])
+        weights = jnp.exp(scale * scores - (scale * largest + jnp.log(total)))
+        dscores = (weights * (times("sd,qd->sq", values, dblock) - mean) * scale).astype(dtype)
+        dk = dk.at[:seen].add(times("sq,qd->sd", dscores, asking))
+        dv = dv.at[:seen].add(times("sq,qd->sd", weights.astype(dtype), dblock))
+    return jnp.concatenate(dq), dk.astype(dtype), dv.astype(dtype)
 
 
 def _one_query(

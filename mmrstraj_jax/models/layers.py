@@ -83,6 +83,21 @@ def _rounded_apart_jvp(primals: tuple[Array, Array], tangents: tuple[Any, Any]) 
 _rounded_apart.defjvp(_rounded_apart_jvp, symbolic_zeros=True)
 
 
+@jax.custom_vjp
+def _widened(low: Float[Array, "*N R"], matrix: Float[Array, "out R"]) -> Float[Array, "*N out"]:
+    """low B^T. Its gradient for B is (low^T dy)^T: for dy^T low, XLA for CPUs would transpose all of dy."""
+    return _times(low, matrix)
+
+
+def _widened_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    low, matrix = saved
+    gradient = lax.optimization_barrier(jnp.einsum("...r,...o->ro", low, dy))  # else it is turned round again
+    return jnp.einsum("...o,or->...r", dy, matrix), gradient.T
+
+
+_widened.defvjp(lambda low, matrix: (_times(low, matrix), (low, matrix)), _widened_backward)
+
+
 class Linear(nnx.Module):
     """y = x W^T + b, plus the adapter (alpha/r) B A dropout(x) where there is one."""
 
@@ -128,7 +143,7 @@ class Linear(nnx.Module):
             low = jnp.einsum("...i,ri->...r", x, self.lora_A[...].astype(x.dtype))
             low = checkpoint_name(low, PRODUCT)
             # B's product has no name: as wide as the layer's own, it would double what "dots" keeps
-            y = y + self.lora_scale * jnp.einsum("...r,or->...o", low, self.lora_B[...].astype(x.dtype))
+            y = y + self.lora_scale * _widened(low, self.lora_B[...].astype(x.dtype))
         return y
 
     def _times_stored(self, x: Array, values: Array, scale: Array) -> Array:

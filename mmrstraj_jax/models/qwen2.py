@@ -3,6 +3,7 @@
 Legend: B rows, L tokens, S cache slots, N layers, H hidden, K KV heads, D head size.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -143,6 +144,13 @@ def _scores_backward(residuals, gradient):
     hidden, head = residuals
     gradient = gradient.astype(head.dtype)
     for_head = None if hidden is None else jnp.einsum("...v,...h->vh", gradient, hidden)
+    if jax.default_backend() == "cpu" and head.dtype == jnp.bfloat16:
+        # A sum over so many words takes XLA for CPUs several times as long in one product as in parts
+        parts = math.gcd(head.shape[0], 16)
+        head = head.reshape(parts, -1, head.shape[-1])
+        gradient = gradient.reshape(*gradient.shape[:-1], *head.shape[:2])
+        summed = jnp.einsum("...pv,pvh->p...h", gradient, head, preferred_element_type=jnp.float32).sum(0)
+        return summed.astype(head.dtype), for_head
     return jnp.einsum("...v,vh->...h", gradient, head), for_head
 
 
