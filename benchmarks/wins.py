@@ -40,6 +40,11 @@ WINS = {
     ),
     "adapters": Win(ROW | {"remat": "dots"}, {"adapters' products kept": ["--without", "adapters"]}),
     "scan": Win(ROW | {"remat": "dots"}, {"layers unrolled": ["--without", "scan"]}, from_cache=True),
+    "narrow-gradients": Win(
+        ROW | {"remat": "block"}, {"adapters' gradients of all rows": ["--without", "narrow-gradients"]}
+    ),
+    "back-by-head": Win(ROW | {"remat": "block"}, {"heads go back together": ["--without", "back-by-head"]}),
+    "head-in-parts": Win(ROW | {"remat": "block"}, {"the head in one piece": ["--without", "head-in-parts"]}),
     "buckets": Win(
         {"kind": "stream", "remat": "dots"}, {"padded to the longest row": ["--without", "buckets"]}
     ),
@@ -68,10 +73,11 @@ WINS = {
 
 def offered(device: str, size: str, dtype: str) -> list[str]:
     """Savings that this device has with such models; without the others both sides are the same."""
-    on_cpu = {"one-by-one", "layout", "tower-layout", "few-rows", "one-query", "own-masks", "rounded-apart"}
+    in_bfloat16 = {"one-query", "rounded-apart", "back-by-head", "head-in-parts"}
+    on_cpu = {"one-by-one", "layout", "tower-layout", "few-rows", "own-masks"} | in_bfloat16
     absent = {"fused-attention"} if device == "cpu" else on_cpu
     absent |= {"one-by-one"} if size in SMALL_MODELS else set()
-    absent |= {"one-query", "rounded-apart", "activations"} if dtype == "float32" else set()
+    absent |= {"activations", *in_bfloat16} if dtype == "float32" else set()
     return [name for name in WINS if name not in absent]
 
 

@@ -350,6 +350,17 @@ def test_layers_compute_in_the_models_dtype():
     assert jax.eval_shape(lambda: built.hidden_states(batch)).dtype == jnp.bfloat16
 
 
+def test_a_bfloat16_gelu_is_rounded_once_until_it_is_differentiated():
+    x = (3 * jax.random.normal(jax.random.key(0), (64, 8))).astype(jnp.bfloat16)
+    once = jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(siglip.gelu(x), once)
+    by_step, back = jax.vjp(functools.partial(jax.nn.gelu, approximate=True), x)
+    assert (by_step != once).any()
+    found, its_back = jax.vjp(siglip.gelu, x)
+    np.testing.assert_array_equal(found, by_step)
+    np.testing.assert_array_equal(its_back(once), back(once))
+
+
 @pytest.mark.parametrize("words", [80, 97])
 def test_a_bfloat16_heads_gradients(words):
     """Also where the words do not divide into the parts that are summed."""

@@ -216,7 +216,31 @@ class RoundedActivations(ours.Prefill):
     """Every step of the activation function is rounded to bfloat16."""
 
     def __init__(self, item: Item):
-        qwen2.gated = lambda gate, up: jax.nn.silu(gate) * up
+        qwen2.rounded_once = siglip.rounded_once = lambda function, *inputs: function(*inputs)
+        super().__init__(item)
+
+
+class WideGradients(ours.Train):
+    """An adapter's gradient as autodiff writes it: a layer's whole gradient is read transposed."""
+
+    def __init__(self, item: Item):
+        layers._widened = layers._times
+        super().__init__(item)
+
+
+class HeadsTogether(ours.Train):
+    """Attention's backward pass as autodiff writes it: all heads at once."""
+
+    def __init__(self, item: Item):
+        attention_module._blocks_and_back_by_head = attention_module._blocks
+        super().__init__(item)
+
+
+class WholeHead(ours.Train):
+    """The gradient through the language model's head as one product."""
+
+    def __init__(self, item: Item):
+        qwen2.math = types.SimpleNamespace(gcd=lambda *numbers: 1)
         super().__init__(item)
 
 
@@ -342,6 +366,9 @@ WITHOUT = {  # what is given up -> the kinds that change
     "last-layer": {"train": WholeLastLayer},
     "adapters": {"train": AdaptersKept},
     "scan": {"train": Unrolled},
+    "narrow-gradients": {"train": WideGradients},
+    "back-by-head": {"train": HeadsTogether},
+    "head-in-parts": {"train": WholeHead},
     "one-by-one": {"vision": ViewsTogether},
     "last-token": {"prefill": EveryQuery},
     "query-blocks": {"prefill": WholeScores},

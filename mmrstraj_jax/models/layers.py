@@ -154,6 +154,19 @@ class Linear(nnx.Module):
         return times_whole(x, values, scale)
 
 
+def rounded_once(function: Callable[..., Array], *inputs: Array) -> Array:
+    """function of inputs of one dtype, in float32 until the end: XLA for CPUs rounds slowly. It is computed
+    again in the backward pass, which would else keep float32 arrays."""
+    dtype = inputs[0].dtype
+    if dtype == jnp.float32:
+        return function(*inputs)
+
+    def rounded(*inputs):
+        return function(*(x.astype(jnp.float32) for x in inputs)).astype(dtype)
+
+    return jax.checkpoint(rounded, prevent_cse=False)(*inputs)
+
+
 def dropout(x: Float[Array, "N *T D"], rate: float, keys: Key[Array, " N"]) -> Float[Array, "N *T D"]:
     """Inverted dropout whose mask depends on each row's key only, not on device count or accumulation.
 

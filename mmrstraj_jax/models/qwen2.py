@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from mmrstraj_jax.config import TextConfig
 from mmrstraj_jax.models.attention import attention
-from mmrstraj_jax.models.layers import Linear, RMSNorm, normal, scan_layers, times
+from mmrstraj_jax.models.layers import Linear, RMSNorm, normal, rounded_once, scan_layers, times
 
 
 class KVCache(NamedTuple):
@@ -91,16 +91,7 @@ class MLP(nnx.Module):
 
 
 def gated(gate: Float[Array, "*B I"], up: Float[Array, "*B I"]) -> Float[Array, "*B I"]:
-    """silu(gate) * up, rounded once: XLA for CPUs rounds slowly. It is computed again in the backward pass,
-    which would else keep float32 arrays."""
-    if gate.dtype == jnp.float32:
-        return jax.nn.silu(gate) * up
-
-    def rounded_once(gate, up):
-        exact = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
-        return exact.astype(gate.dtype)
-
-    return jax.checkpoint(rounded_once, prevent_cse=False)(gate, up)
+    return rounded_once(lambda gate, up: jax.nn.silu(gate) * up, gate, up)
 
 
 class DecoderLayer(nnx.Module):
