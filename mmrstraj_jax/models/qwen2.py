@@ -136,7 +136,7 @@ def _scores_backward(residuals, gradient):
     gradient = gradient.astype(head.dtype)
     for_head = None if hidden is None else jnp.einsum("...v,...h->vh", gradient, hidden)
     if jax.default_backend() == "cpu" and head.dtype == jnp.bfloat16:
-        # A sum over so many words takes XLA for CPUs several times as long in one product as in parts
+        # In parts: for one product over so many words XLA for CPUs makes a copy as large as the head
         parts = math.gcd(head.shape[0], 16)
         head = head.reshape(parts, -1, head.shape[-1])
         gradient = gradient.reshape(*gradient.shape[:-1], *head.shape[:2])
