@@ -109,7 +109,7 @@ def _blocks(
     found = []
     for begin, end, seen in _bounds(k.shape[1], is_causal, q.dtype):
         asking = q[:, begin * groups : end * groups]
-        query = jnp.arange(begin * groups, end * groups) // groups
+        query = repeat(jnp.arange(begin, end), "q -> (q g)", g=groups)
         unseen = _penalty(query[:, None] >= jnp.arange(seen)) if is_causal else None
         # Tied to these queries. XLA for CPUs would write out what blocks and layers share as large as the
         # scores are, keep it, and read it in each
@@ -135,8 +135,8 @@ def _blocks(
 def _bounds(length: int, is_causal: bool, dtype: jnp.dtype) -> list[tuple[int, int, int]]:
     """First and last query of each block, and the number of keys that it reads."""
     block = block_length(length, is_causal, dtype)
-    ends = [min(begin + block, length) for begin in range(0, length, block)]
-    return [(begin, end, end if is_causal else length) for begin, end in zip([0, *ends], ends, strict=False)]
+    blocks = [(begin, min(begin + block, length)) for begin in range(0, length, block)]
+    return [(begin, end, end if is_causal else length) for begin, end in blocks]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -188,7 +188,7 @@ def _back(
     for begin, end, seen in _bounds(length, is_causal, dtype):
         queries = slice(begin * groups, end * groups)
         asking, dblock, keys, values = q[queries], dfound[queries], k[:seen], v[:seen]
-        query, key = jnp.arange(begin * groups, end * groups) // groups, jnp.arange(seen)
+        query, key = repeat(jnp.arange(begin, end), "q -> (q g)", g=groups), jnp.arange(seen)
         query, key, _ = lax.optimization_barrier((query, key, asking))  # masks made anew, as in `_blocks`
         scale = q.shape[-1] ** -0.5
 
