@@ -19,6 +19,7 @@ step boundary, "run me again" (a second signal stops at once); 69 another proces
 again"; 1 anything else (docs/reliability.md).
 """
 
+import gc
 import json
 import os
 import sys
@@ -195,6 +196,9 @@ def train(config: Config, overridden: frozenset[str] = frozenset(), launch: Laun
             meter.pause()
             return scores
 
+        # Tracing makes objects by the million: the collector need not look through all older ones each time
+        gc.freeze()
+        stack.callback(gc.unfreeze)
         # The largest program first, on a copy and on padding: memory that does not suffice shows now
         if (largest := data.train.schedule.largest(first, total)) is not None:
             blank = setup.fold(data.train.blank(largest), micro_rows)

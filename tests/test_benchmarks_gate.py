@@ -24,8 +24,10 @@ class Side:
         gradient = factor * np.linspace(1, 2, 50, dtype=np.float32)
         np.savez(path, loss=np.float32(2.0), gradient=gradient, rest=rest)
         return {}
+    asked = 0
     def time(self):
-        return {"seconds": float(sys.argv[2]), "loss": float(sys.argv[3])}
+        self.asked += 1
+        return {"seconds": eval(sys.argv[2], {"number": self.asked}), "loss": float(sys.argv[3])}
     def memory(self, reset):
         return {"peak": 2**20}
     def limits(self, dtype, large):
@@ -42,7 +44,8 @@ def importable(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
 
 
-def stub(factor: float = 1.0, seconds: float = 1.0, loss: float = 2.0) -> list[str]:
+def stub(factor: float = 1.0, seconds: float | str = 1.0, loss: float = 2.0) -> list[str]:
+    """seconds: also an expression of `number`, which counts the steps."""
     return [sys.executable, "-c", STUB, str(factor), str(seconds), str(loss)]
 
 
@@ -161,6 +164,16 @@ def test_no_figure_of_a_side_that_disagrees(item):
     table = tables.markdown([result | {"run": {"device": "cpu", "limits": limits}}])
     assert "views | good | 500 ms | 2 s | **0.25** (0.25-0.25) |  | 1 / 1 MiB = 1.00 |" in table
     assert "views | wrong | refused: gradient" in table and "9" not in table.split("wrong")[1][:12]
+
+
+@pytest.mark.parametrize("kind, timed", [("train", [3, 5, 7, 9, 11]), ("decode", [2, 3, 4, 5, 6])])
+def test_a_turns_first_step_is_not_timed(item, kind, timed):
+    from speed import measure
+
+    item = dataclasses.replace(item, kind=kind)
+    result = measure.measure(item, setting(ours=stub(), rival=stub(seconds="number")), lambda text: None)
+    assert result["sides"]["rival"]["second_step_s"] == 1
+    assert result["sides"]["rival"]["seconds"] == timed
 
 
 def test_no_figure_without_fused_attention_where_it_is_asked_for(item):

@@ -1,5 +1,6 @@
 """The JAX side: the package's own step, prefill and decoder. A child of compare.py (speed.child)."""
 
+import gc
 import os
 import time
 from collections.abc import Callable
@@ -207,6 +208,7 @@ class Train:
 
     def prepare(self) -> None:
         self.batch = self.on_device(batch(self.item))
+        gc.freeze()  # as the train command does before it traces
         self.program = Program(self.function(), *self.arguments(self.batch))
 
     def on_device(self, micro: dict) -> dict:
