@@ -7,7 +7,10 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
+
+from mmrstraj_jax.models.layers import PRODUCT
 
 
 def uses_cudnn(dtype: jnp.dtype) -> bool:
@@ -93,7 +96,10 @@ def _in_blocks(
     if segment_ids is not None:
         segment_ids = repeat(segment_ids, "b l -> (b k) l", k=heads)
     by_head = jax.default_backend() == "cpu" and q.dtype == jnp.bfloat16
-    found = (_blocks_and_back_by_head if by_head else _blocks)(q, k, v, segment_ids, is_causal)
+    if by_head:  # from without, names within are not seen
+        found = checkpoint_name(_blocks_and_back_by_head(q, k, v, segment_ids, is_causal), PRODUCT)
+    else:
+        found = _blocks(q, k, v, segment_ids, is_causal)
     return rearrange(found, "(b k) (l g) d -> b l (k g) d", k=heads, g=groups)
 
 
@@ -106,6 +112,10 @@ def _blocks(
 ) -> Float[Array, "N LG D"]:
     """A block of queries at a time; keys behind a causal block are not read."""
     groups = q.shape[1] // k.shape[1]
+    scale = q.shape[-1] ** -0.5
+    in_float32 = q.dtype == jnp.float32
+    if in_float32:  # 16 bits would round it. A scale of scores is written out as large as they are, see below
+        q = q * scale
     found = []
     for begin, end, seen in _bounds(k.shape[1], is_causal, q.dtype):
         asking = q[:, begin * groups : end * groups]
@@ -113,10 +123,12 @@ def _blocks(
         unseen = _penalty(query[:, None] >= jnp.arange(seen)) if is_causal else None
         # Tied to these queries. XLA for CPUs would write out what blocks and layers share as large as the
         # scores are, keep it, and read it in each
-        scale, unseen, _ = lax.optimization_barrier(
-            (jnp.float32(q.shape[-1] ** -0.5), unseen, lax.stop_gradient(asking))
+        own_scale, unseen, _ = lax.optimization_barrier(
+            (jnp.float32(scale), unseen, lax.stop_gradient(asking))
         )
-        scores = jnp.einsum("nqd,nsd->nqs", asking, k[:, :seen], preferred_element_type=jnp.float32) * scale
+        scores = jnp.einsum("nqd,nsd->nqs", asking, k[:, :seen], preferred_element_type=jnp.float32)
+        if not in_float32:
+            scores = scores * own_scale
         # Added, not selected: the backward pass has no select, and XLA for CPUs a shorter forward one
         if unseen is not None:
             scores = scores + unseen
@@ -125,10 +137,12 @@ def _blocks(
             scores = scores + _penalty(own[:, :, None] == segment_ids[:, None, :seen])
         weights = jnp.exp(scores - lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
         total = weights.sum(axis=-1, keepdims=True)
-        if v.dtype == jnp.float32:  # the backward pass keeps one array of scores, not two
-            found.append(jnp.einsum("nqs,nsd->nqd", weights, v[:, :seen]) / total)
+        if in_float32:  # the backward pass keeps one array of scores, not two
+            product = jnp.einsum("nqs,nsd->nqd", weights, v[:, :seen])
+            found.append(checkpoint_name(product, PRODUCT) / total)
         else:  # with a rounded product, gradients of queries and keys would be several times less exact
-            found.append(jnp.einsum("nqs,nsd->nqd", (weights / total).astype(v.dtype), v[:, :seen]))
+            product = jnp.einsum("nqs,nsd->nqd", (weights / total).astype(v.dtype), v[:, :seen])
+            found.append(checkpoint_name(product, PRODUCT))
     return jnp.concatenate(found, axis=1)
 
 

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int, Key
 from mmrstraj_jax.models.quantized import dequantized
 
 REMAT_POLICIES = ("none", "block", "dots")
-PRODUCT = "product of a Linear"
+PRODUCT = "product"  # the name of what "dots" keeps
 FEW_ROWS = 32  # as batches of decoding have
 
 
@@ -143,7 +143,8 @@ class Linear(nnx.Module):
             low = jnp.einsum("...i,ri->...r", x, self.lora_A[...].astype(x.dtype))
             low = checkpoint_name(low, PRODUCT)
             # B's product has no name: as wide as the layer's own, it would double what "dots" keeps
-            y = y + self.lora_scale * _widened(low, self.lora_B[...].astype(x.dtype))
+            # The scale is of `low`, which is narrow: behind B, the backward pass would write all of dy again
+            y = y + _widened(self.lora_scale * low, self.lora_B[...].astype(x.dtype))
         return y
 
     def _times_stored(self, x: Array, values: Array, scale: Array) -> Array:
@@ -271,7 +272,7 @@ def scan_layers(
         layers: module whose every parameter has the layer axis first; or `unstacked` ones, for inference.
         carry: any pytree.
         remat: "none" stores every residual, "block" only the carry between layers, "dots" also the products
-            of linears and of their adapters' A.
+            of linears, of their adapters' A and, where it is XLA's, of attention's weights and values.
         unroll: a Python loop instead of lax.scan (tests, and small programs).
         mesh: the devices that weights are split over. Each layer is gathered inside the loop, in the forward
             and again in the backward pass, and every leaf of the carry is split along its first axis. None:

@@ -72,15 +72,18 @@ class Flops:
         return sum(vars(self).values())
 
     def training(self, config: Config) -> float:
-        """Forward and backward; "block" computes every layer once more, "dots" its attention scores only."""
+        """Forward and backward; "block" computes every layer once more, "dots" its attention scores only.
+
+        What is left out: logits of several chunks are computed twice, and cuDNN's attention is under "dots".
+        """
         remat, through_tower = config.remat, tower_trains(config)
         linear = self.projector + self.decoder_linear + self.tower_linear * through_tower
         attention = self.decoder_attention + self.tower_attention * through_tower
         total = 0.0 if through_tower else self.tower_linear + self.tower_attention
-        total += 2 * linear + 3 * attention + 3 * self.head  # chunks of logits are computed twice
+        total += 2 * linear + 3 * attention + 2 * self.head
         if remat == "block":
             total += linear - self.projector + attention
-        return total + (attention if remat == "dots" else 0)
+        return total + (attention / 2 if remat == "dots" else 0)
 
 
 def of_row(model: ModelConfig, views: int, length: int, supervised: int) -> Flops:

@@ -19,7 +19,7 @@ from flax import nnx
 from mmrstraj_jax import parallel
 from mmrstraj_jax.config import Config, ModelConfig
 from mmrstraj_jax.data.collate import Shape
-from mmrstraj_jax.models.attention import attention, block_length
+from mmrstraj_jax.models.attention import attention, block_length, uses_cudnn
 from mmrstraj_jax.models.layers import Trainable, rematerialised
 from mmrstraj_jax.models.token_reduction import merge_with_text, visual_pool
 from mmrstraj_jax.planning import flops
@@ -244,6 +244,10 @@ class _Attention(NamedTuple):
         alive = 2 / (count + 1) if self.is_causal else 1 / count  # the share of the last block
         return int((1 - alive) * (self._kept() - operands))
 
+    def saved_by_name(self) -> int:
+        """Bytes that "dots" keeps of XLA's attention, the product with the values; a fused one's has no name."""
+        return 0 if uses_cudnn(self.key.dtype) else self.queries_per_key * _bytes(self.key)
+
     def _kept(self) -> int:
         rows, length, heads, dim = self.key.shape
         query = jax.ShapeDtypeStruct((rows, length, heads * self.queries_per_key, dim), self.key.dtype)
@@ -270,7 +274,9 @@ class _Block:
     def kept(self, remat: str) -> int:
         """Bytes that one layer keeps from its forward pass to its backward pass."""
         kept = sum(map(_bytes, self._residuals(remat)))
-        return kept - self._attends.saved_by_fusing() if remat == "none" and self._fused else kept
+        if not self._fused or remat == "block":
+            return kept
+        return kept - (self._attends.saved_by_fusing() if remat == "none" else self._attends.saved_by_name())
 
     def workspace(self, remat: str) -> int:
         """Bytes that one layer needs while its backward pass runs, beside what it kept."""

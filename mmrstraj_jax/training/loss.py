@@ -46,7 +46,7 @@ def supervised_loss(
         targets: token ids; anything valid where the weight is 0.
         weights: 1 per supervised target, 0 for padding.
         answer: the targets that count for `correct` (the answer and its end, without the template).
-        chunk: positions scored at once (`chunk_positions`); recomputed in the backward pass.
+        chunk: positions scored at once (`chunk_positions`); several chunks are recomputed in the backward pass.
     """
     rows, num_positions = targets.shape
 
@@ -56,7 +56,6 @@ def supervised_loss(
 
     chunks = [in_chunks(x) for x in (hidden, targets, weights, answer)]
 
-    @jax.checkpoint
     def score(carry, scanned):
         nll, correct = carry
         hidden, targets, weights, answer = scanned
@@ -68,6 +67,8 @@ def supervised_loss(
         correct = correct & ((jnp.argmax(scores_BCW, axis=-1) == targets) | ~answer).all(-1)
         return (nll, correct), None
 
+    if chunk < num_positions:  # one chunk's logits may stay: in its backward pass they would live anyway
+        score = jax.checkpoint(score)
     start = (jnp.zeros(rows, jnp.float32), answer.any(-1))
     (nll, correct), _ = lax.scan(score, start, tuple(chunks))
     return RowLoss(nll, correct)
