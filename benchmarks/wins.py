@@ -39,6 +39,9 @@ WINS = {
         ROW | {"remat": "block"}, {"remat none": ["--remat", "none"], "remat dots": ["--remat", "dots"]}
     ),
     "adapters": Win(ROW | {"remat": "dots"}, {"adapters' products kept": ["--without", "adapters"]}),
+    "attention-kept": Win(ROW | {"remat": "dots"}, {"attention twice": ["--without", "attention-kept"]}),
+    "narrow-scale": Win(ROW | {"remat": "dots"}, {"adapters' scale behind B": ["--without", "narrow-scale"]}),
+    "one-chunk": Win(ROW | {"remat": "dots"}, {"logits twice": ["--without", "one-chunk"]}),
     "scan": Win(ROW | {"remat": "dots"}, {"layers unrolled": ["--without", "scan"]}, from_cache=True),
     "narrow-gradients": Win(
         ROW | {"remat": "block"}, {"adapters' gradients of all rows": ["--without", "narrow-gradients"]}

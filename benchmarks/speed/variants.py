@@ -136,6 +136,34 @@ class AdaptersKept(ours.Train):
         super().prepare()
 
 
+class AttentionAgain(ours.Train):
+    """Remat "dots" does not keep attention's product with the values."""
+
+    def prepare(self) -> None:
+        attention_module.checkpoint_name = lambda x, name: x
+        super().prepare()
+
+
+class WideScale(ours.Train):
+    """An adapter's scale is of what its B computes."""
+
+    def prepare(self) -> None:
+        widened, scale = layers._widened, workloads.ALPHA / workloads.RANK
+        layers._widened = lambda low, matrix: scale * widened(low / scale, matrix)
+        super().prepare()
+
+
+class LogitsAgain(ours.Train):
+    """The backward pass computes the logits anew, though one chunk holds them all."""
+
+    def prepare(self) -> None:
+        loss = training_step.supervised_loss
+        training_step.supervised_loss = lambda logits, *args, **how: loss(
+            jax.checkpoint(logits), *args, **how
+        )
+        super().prepare()
+
+
 class Unrolled(ours.Train):
     """Layers one after the other in the program, instead of a loop over them."""
 
@@ -365,6 +393,9 @@ WITHOUT = {  # what is given up -> the kinds that change
     "frozen-weights": {"train": AllGradients},
     "last-layer": {"train": WholeLastLayer},
     "adapters": {"train": AdaptersKept},
+    "attention-kept": {"train": AttentionAgain},
+    "narrow-scale": {"train": WideScale},
+    "one-chunk": {"train": LogitsAgain},
     "scan": {"train": Unrolled},
     "narrow-gradients": {"train": WideGradients},
     "back-by-head": {"train": HeadsTogether},

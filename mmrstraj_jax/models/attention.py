@@ -126,8 +126,10 @@ def _blocks(
         own_scale, unseen, _ = lax.optimization_barrier(
             (jnp.float32(scale), unseen, lax.stop_gradient(asking))
         )
-        scores = jnp.einsum("nqd,nsd->nqs", asking, k[:, :seen], preferred_element_type=jnp.float32)
-        if not in_float32:
+        if in_float32:
+            scores = _scores(asking, k[:, :seen])
+        else:
+            scores = jnp.einsum("nqd,nsd->nqs", asking, k[:, :seen], preferred_element_type=jnp.float32)
             scores = scores * own_scale
         # Added, not selected: the backward pass has no select, and XLA for CPUs a shorter forward one
         if unseen is not None:
@@ -138,12 +140,41 @@ def _blocks(
         weights = jnp.exp(scores - lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
         total = weights.sum(axis=-1, keepdims=True)
         if in_float32:  # the backward pass keeps one array of scores, not two
-            product = jnp.einsum("nqs,nsd->nqd", weights, v[:, :seen])
-            found.append(checkpoint_name(product, PRODUCT) / total)
+            found.append(checkpoint_name(_weighted(weights, v[:, :seen]), PRODUCT) / total)
         else:  # with a rounded product, gradients of queries and keys would be several times less exact
             product = jnp.einsum("nqs,nsd->nqd", (weights / total).astype(v.dtype), v[:, :seen])
             found.append(checkpoint_name(product, PRODUCT))
     return jnp.concatenate(found, axis=1)
+
+
+@jax.custom_vjp
+def _scores(q: Float[Array, "N Q D"], k: Float[Array, "N S D"]) -> Float[Array, "N Q S"]:
+    return jnp.einsum("nqd,nsd->nqs", q, k)
+
+
+def _scores_backward(kept: tuple[Array, Array], dscores: Array) -> tuple[Array, Array]:
+    q, k = kept
+    return _weighted(dscores, k), _over_queries(dscores, q)
+
+
+@jax.custom_vjp
+def _weighted(weights: Float[Array, "N Q S"], v: Float[Array, "N S D"]) -> Float[Array, "N Q D"]:
+    return jnp.einsum("nqs,nsd->nqd", weights, v)
+
+
+def _weighted_backward(kept: tuple[Array, Array], dfound: Array) -> tuple[Array, Array]:
+    weights, v = kept
+    return _scores(dfound, v), _over_queries(weights, dfound)
+
+
+def _over_queries(scores: Float[Array, "N Q S"], queries: Float[Array, "N Q D"]) -> Float[Array, "N S D"]:
+    """scores^T queries, as (queries^T scores)^T: XLA for CPUs would turn the larger of the two."""
+    narrow = lax.optimization_barrier(queries.mT)
+    return lax.optimization_barrier(jnp.einsum("ndq,nqs->nds", narrow, scores)).mT
+
+
+_scores.defvjp(lambda q, k: (_scores(q, k), (q, k)), _scores_backward)
+_weighted.defvjp(lambda weights, v: (_weighted(weights, v), (weights, v)), _weighted_backward)
 
 
 def _bounds(length: int, is_causal: bool, dtype: jnp.dtype) -> list[tuple[int, int, int]]:

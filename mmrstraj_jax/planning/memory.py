@@ -245,7 +245,7 @@ class _Attention(NamedTuple):
         return int((1 - alive) * (self._kept() - operands))
 
     def saved_by_name(self) -> int:
-        """Bytes that "dots" keeps of XLA's attention, the product with the values; a fused one's has no name."""
+        """Bytes that "dots" keeps of XLA's attention, its product with the values; cuDNN's has no name."""
         return 0 if uses_cudnn(self.key.dtype) else self.queries_per_key * _bytes(self.key)
 
     def _kept(self) -> int:

@@ -46,7 +46,7 @@ def supervised_loss(
         targets: token ids; anything valid where the weight is 0.
         weights: 1 per supervised target, 0 for padding.
         answer: the targets that count for `correct` (the answer and its end, without the template).
-        chunk: positions scored at once (`chunk_positions`); several chunks are recomputed in the backward pass.
+        chunk: positions scored at once (`chunk_positions`); several chunks are computed again going back.
     """
     rows, num_positions = targets.shape
 
