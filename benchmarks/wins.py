@@ -40,6 +40,7 @@ WINS = {
     ),
     "adapters": Win(ROW | {"remat": "dots"}, {"adapters' products kept": ["--without", "adapters"]}),
     "attention-kept": Win(ROW | {"remat": "dots"}, {"attention twice": ["--without", "attention-kept"]}),
+    "queries-turned": Win(ROW | {"remat": "dots"}, {"scores turned": ["--without", "queries-turned"]}),
     "narrow-scale": Win(ROW | {"remat": "dots"}, {"adapters' scale behind B": ["--without", "narrow-scale"]}),
     "one-chunk": Win(ROW | {"remat": "dots"}, {"logits twice": ["--without", "one-chunk"]}),
     "scan": Win(ROW | {"remat": "dots"}, {"layers unrolled": ["--without", "scan"]}, from_cache=True),
@@ -78,9 +79,10 @@ def offered(device: str, size: str, dtype: str) -> list[str]:
     """Savings that this device has with such models; without the others both sides are the same."""
     in_bfloat16 = {"one-query", "rounded-apart", "back-by-head", "head-in-parts"}
     on_cpu = {"one-by-one", "layout", "tower-layout", "few-rows", "own-masks"} | in_bfloat16
+    on_cpu |= {"attention-kept", "queries-turned"}
     absent = {"fused-attention"} if device == "cpu" else on_cpu
     absent |= {"one-by-one"} if size in SMALL_MODELS else set()
-    absent |= {"activations", *in_bfloat16} if dtype == "float32" else set()
+    absent |= {"activations", *in_bfloat16} if dtype == "float32" else {"queries-turned"}
     return [name for name in WINS if name not in absent]
 
 

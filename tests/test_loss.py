@@ -58,6 +58,13 @@ def test_full_logits_are_never_built(case):
     assert f"[{B},{L},{W}]" not in text and f"[{B},{K},{W}]" not in text
 
 
+@pytest.mark.parametrize("chunk, products", [(K, 2), (2, 3)])  # logits, their gradient; logits once more
+def test_logits_of_one_chunk_are_computed_once(case, chunk, products):
+    hidden, head, *rest = case
+    grad = jax.make_jaxpr(jax.grad(lambda h: loss(h, head, *rest, chunk=chunk).nll.sum()))(hidden)
+    assert str(grad).count("dot_general[") == products
+
+
 def test_padding_with_non_finite_values_does_not_reach_the_loss(case):
     hidden, head, positions, targets, weights = case
     poisoned = hidden.at[2].set(jnp.inf)  # the row without a target

@@ -13,6 +13,7 @@ from mmrstraj_jax import plan
 from mmrstraj_jax.config import MODEL_PRESETS, Config, LoRAConfig, small_model
 from mmrstraj_jax.data.collate import Shape
 from mmrstraj_jax.errors import UserError
+from mmrstraj_jax.models import attention
 from mmrstraj_jax.planning import dataset, dryrun, flops, gpus, memory, preview, program, strategy
 
 TINY = MODEL_PRESETS["tiny"]
@@ -105,6 +106,21 @@ def test_recomputing_saves_memory_and_fused_attention_holds_no_scores():
     # with fused attention everything grows with the length, nothing with its square
     doubled = memory.estimate(config("none"), TINY, shape._replace(length=2048)).peak_phase.buffers
     assert doubled["saved by the decoder"] < 2.01 * kept[True]["saved by the decoder"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dots_keeps_the_attention_of_xla_and_not_a_fused_one(dtype, monkeypatch):
+    settings, shape = dataclasses.replace(config("dots"), dtype=dtype), Shape(2, 512, 96, 0, True)
+
+    def kept(gpu):
+        memory._phases.cache_clear()
+        buffers = memory.estimate(settings, TINY, shape, gpu=gpu).phases[0].buffers
+        return buffers["saved by the tower"], buffers["saved by the decoder"]
+
+    named, fused = kept(gpu=False), kept(gpu=True)
+    monkeypatch.setattr(attention, "checkpoint_name", lambda x, name: x)
+    assert fused == kept(gpu=False) and all(one > other for one, other in zip(named, fused, strict=True))
+    memory._phases.cache_clear()
 
 
 def test_fsdp_splits_what_the_sharding_table_splits_and_gathers_a_layer_at_a_time():

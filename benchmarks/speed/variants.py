@@ -144,6 +144,14 @@ class AttentionAgain(ours.Train):
         super().prepare()
 
 
+class ScoresTurned(ours.Train):
+    """Gradients of keys and values as the product's own rule has them."""
+
+    def prepare(self) -> None:
+        attention_module._over_queries = functools.partial(jnp.einsum, "nqs,nqd->nsd")
+        super().prepare()
+
+
 class WideScale(ours.Train):
     """An adapter's scale is of what its B computes."""
 
@@ -394,6 +402,7 @@ WITHOUT = {  # what is given up -> the kinds that change
     "last-layer": {"train": WholeLastLayer},
     "adapters": {"train": AdaptersKept},
     "attention-kept": {"train": AttentionAgain},
+    "queries-turned": {"train": ScoresTurned},
     "narrow-scale": {"train": WideScale},
     "one-chunk": {"train": LogitsAgain},
     "scan": {"train": Unrolled},
