@@ -119,7 +119,7 @@ def test_dots_keeps_the_attention_of_xla_and_not_a_fused_one(dtype, monkeypatch)
 
     named, fused = kept(gpu=False), kept(gpu=True)
     monkeypatch.setattr(attention, "checkpoint_name", lambda x, name: x)
-    assert fused == kept(gpu=False) and all(one > other for one, other in zip(named, fused, strict=True))
+    assert fused == kept(gpu=False) and named > fused
     memory._phases.cache_clear()
 
 

@@ -10,7 +10,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from mmrstraj_jax.models.layers import PRODUCT
+from mmrstraj_jax.models.layers import ATTENTION
 
 
 def uses_cudnn(dtype: jnp.dtype) -> bool:
@@ -97,7 +97,7 @@ def _in_blocks(
         segment_ids = repeat(segment_ids, "b l -> (b k) l", k=heads)
     by_head = jax.default_backend() == "cpu" and q.dtype == jnp.bfloat16
     if by_head:  # from without, names within are not seen
-        found = checkpoint_name(_blocks_and_back_by_head(q, k, v, segment_ids, is_causal), PRODUCT)
+        found = checkpoint_name(_blocks_and_back_by_head(q, k, v, segment_ids, is_causal), ATTENTION)
     else:
         found = _blocks(q, k, v, segment_ids, is_causal)
     return rearrange(found, "(b k) (l g) d -> b l (k g) d", k=heads, g=groups)
@@ -140,41 +140,37 @@ def _blocks(
         weights = jnp.exp(scores - lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
         total = weights.sum(axis=-1, keepdims=True)
         if in_float32:  # the backward pass keeps one array of scores, not two
-            found.append(checkpoint_name(_weighted(weights, v[:, :seen]), PRODUCT) / total)
+            found.append(checkpoint_name(_weighted(weights, v[:, :seen]), ATTENTION) / total)
         else:  # with a rounded product, gradients of queries and keys would be several times less exact
             product = jnp.einsum("nqs,nsd->nqd", (weights / total).astype(v.dtype), v[:, :seen])
-            found.append(checkpoint_name(product, PRODUCT))
+            found.append(checkpoint_name(product, ATTENTION))
     return jnp.concatenate(found, axis=1)
 
 
-@jax.custom_vjp
-def _scores(q: Float[Array, "N Q D"], k: Float[Array, "N S D"]) -> Float[Array, "N Q S"]:
-    return jnp.einsum("nqd,nsd->nqs", q, k)
+def _with_keys(q: Float[Array, "N Q D"], k: Float[Array, "N S D"]) -> Float[Array, "N Q S"]:
+    return lax.dot_general(q, k, (((2,), (2,)), ((0,), (0,))))  # an einsum takes longer to trace
 
 
-def _scores_backward(kept: tuple[Array, Array], dscores: Array) -> tuple[Array, Array]:
-    q, k = kept
-    return _weighted(dscores, k), _over_queries(dscores, q)
-
-
-@jax.custom_vjp
-def _weighted(weights: Float[Array, "N Q S"], v: Float[Array, "N S D"]) -> Float[Array, "N Q D"]:
-    return jnp.einsum("nqs,nsd->nqd", weights, v)
-
-
-def _weighted_backward(kept: tuple[Array, Array], dfound: Array) -> tuple[Array, Array]:
-    weights, v = kept
-    return _scores(dfound, v), _over_queries(weights, dfound)
+def _with_values(weights: Float[Array, "N Q S"], v: Float[Array, "N S D"]) -> Float[Array, "N Q D"]:
+    return lax.batch_matmul(weights, v)
 
 
 def _over_queries(scores: Float[Array, "N Q S"], queries: Float[Array, "N Q D"]) -> Float[Array, "N S D"]:
     """scores^T queries, as (queries^T scores)^T: XLA for CPUs would turn the larger of the two."""
     narrow = lax.optimization_barrier(queries.mT)
-    return lax.optimization_barrier(jnp.einsum("ndq,nqs->nds", narrow, scores)).mT
+    return lax.optimization_barrier(lax.batch_matmul(narrow, scores)).mT
 
 
-_scores.defvjp(lambda q, k: (_scores(q, k), (q, k)), _scores_backward)
-_weighted.defvjp(lambda weights, v: (_weighted(weights, v), (weights, v)), _weighted_backward)
+_scores = jax.custom_vjp(_with_keys)
+_scores.defvjp(
+    lambda q, k: (_with_keys(q, k), (q, k)),
+    lambda kept, dscores: (_with_values(dscores, kept[1]), _over_queries(dscores, kept[0])),
+)
+_weighted = jax.custom_vjp(_with_values)
+_weighted.defvjp(
+    lambda weights, v: (_with_values(weights, v), (weights, v)),
+    lambda kept, dfound: (_with_keys(dfound, kept[1]), _over_queries(kept[0], dfound)),
+)
 
 
 def _bounds(length: int, is_causal: bool, dtype: jnp.dtype) -> list[tuple[int, int, int]]:

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int, Key
 from mmrstraj_jax.models.quantized import dequantized
 
 REMAT_POLICIES = ("none", "block", "dots")
-PRODUCT = "product"  # the name of what "dots" keeps
+PRODUCT, ATTENTION = "product of a Linear", "attention of XLA"  # what "dots" keeps, by name
 FEW_ROWS = 32  # as batches of decoding have
 
 
@@ -236,7 +236,7 @@ def rematerialised(
     policy = {
         "none": _all_but_fetched,
         "block": None,
-        "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
+        "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT, ATTENTION),
     }[remat]
     return jax.checkpoint(step, prevent_cse=prevent_cse, policy=policy)
 

@@ -19,8 +19,8 @@ from flax import nnx
 from mmrstraj_jax import parallel
 from mmrstraj_jax.config import Config, ModelConfig
 from mmrstraj_jax.data.collate import Shape
-from mmrstraj_jax.models.attention import attention, block_length, uses_cudnn
-from mmrstraj_jax.models.layers import Trainable, rematerialised
+from mmrstraj_jax.models.attention import attention, block_length
+from mmrstraj_jax.models.layers import PRODUCT, Trainable, rematerialised
 from mmrstraj_jax.models.token_reduction import merge_with_text, visual_pool
 from mmrstraj_jax.planning import flops
 from mmrstraj_jax.planning.program import abstract_batch, abstract_model
@@ -244,10 +244,6 @@ class _Attention(NamedTuple):
         alive = 2 / (count + 1) if self.is_causal else 1 / count  # the share of the last block
         return int((1 - alive) * (self._kept() - operands))
 
-    def saved_by_name(self) -> int:
-        """Bytes that "dots" keeps of XLA's attention, its product with the values; cuDNN's has no name."""
-        return 0 if uses_cudnn(self.key.dtype) else self.queries_per_key * _bytes(self.key)
-
     def _kept(self) -> int:
         rows, length, heads, dim = self.key.shape
         query = jax.ShapeDtypeStruct((rows, length, heads * self.queries_per_key, dim), self.key.dtype)
@@ -274,9 +270,7 @@ class _Block:
     def kept(self, remat: str) -> int:
         """Bytes that one layer keeps from its forward pass to its backward pass."""
         kept = sum(map(_bytes, self._residuals(remat)))
-        if not self._fused or remat == "block":
-            return kept
-        return kept - (self._attends.saved_by_fusing() if remat == "none" else self._attends.saved_by_name())
+        return kept - self._attends.saved_by_fusing() if remat == "none" and self._fused else kept
 
     def workspace(self, remat: str) -> int:
         """Bytes that one layer needs while its backward pass runs, beside what it kept."""
@@ -293,7 +287,11 @@ class _Block:
 
         trainable, frozen = self._params
         x, *rest = self._args
-        return residuals(rematerialised(apply, remat), (trainable, x), (frozen, tuple(rest)), keep_varied=1)
+        if remat == "dots" and self._fused:  # cuDNN's attention has no name
+            apply = jax.checkpoint(apply, policy=jax.checkpoint_policies.save_only_these_names(PRODUCT))
+        else:
+            apply = rematerialised(apply, remat)
+        return residuals(apply, (trainable, x), (frozen, tuple(rest)), keep_varied=1)
 
 
 def residuals(function: Callable, varied: tuple, fixed: tuple, *, keep_varied: int | None) -> list:
