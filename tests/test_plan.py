@@ -111,16 +111,15 @@ def test_recomputing_saves_memory_and_fused_attention_holds_no_scores():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_dots_keeps_the_attention_of_xla_and_not_a_fused_one(dtype, monkeypatch):
     settings, shape = dataclasses.replace(config("dots"), dtype=dtype), Shape(2, 512, 96, 0, True)
+    monkeypatch.setattr(memory, "_phases", memory._phases.__wrapped__)  # its cache knows nothing of names
 
     def kept(gpu):
-        memory._phases.cache_clear()
         buffers = memory.estimate(settings, TINY, shape, gpu=gpu).phases[0].buffers
         return buffers["saved by the tower"], buffers["saved by the decoder"]
 
     named, fused = kept(gpu=False), kept(gpu=True)
     monkeypatch.setattr(attention, "checkpoint_name", lambda x, name: x)
     assert fused == kept(gpu=False) and named > fused
-    memory._phases.cache_clear()
 
 
 def test_fsdp_splits_what_the_sharding_table_splits_and_gathers_a_layer_at_a_time():
