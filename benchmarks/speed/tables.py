@@ -1,6 +1,7 @@
 """From rounds of seconds to medians, intervals, a Markdown table and a plot."""
 
 import dataclasses
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -100,14 +101,20 @@ def first_step(side: dict[str, float]) -> float:
     return side["lower_s"] + side["compile_s"] if "compile_s" in side else side["outputs_s"]
 
 
+def warm(side: dict[str, Any]) -> str:
+    """First steps of the processes that found the programs on disk: median, and the range of several."""
+    found = sorted(first_step(each) for each in side["from_cache"])
+    spread = f" ({found[0]:.2f}-{found[-1]:.2f})" if len(found) > 1 else ""
+    return f"{statistics.median(found):.2f} s{spread}"
+
+
 def first_steps(results: list[dict[str, Any]]) -> str:
     """Seconds until the first step is done, without and with programs on disk; where it was asked for."""
     rows = []
     for result in results:
         for side, found in result["sides"].items():
             if "from_cache" in found:
-                cold, warm = (first_step(each) for each in (found, found["from_cache"]))
-                rows.append(f"| {result['name']} | {side} | {cold:.2f} s | {warm:.2f} s |")
+                rows.append(f"| {result['name']} | {side} | {first_step(found):.2f} s | {warm(found)} |")
     head = "\nCompilation, and for PyTorch its first pass:\n\n"
     head += "| item | side | cold | from cache |\n|---|---|---|---|\n"
     return head + "\n".join(rows) + "\n" if rows else ""
@@ -198,8 +205,8 @@ def _compiling(side: dict[str, Any]) -> str:
     """Seconds of the first step, and from the disk cache."""
     if "compile_s" not in side:
         return "-"
-    warm = f" ({first_step(side['from_cache']):.2f} s from cache)" if "from_cache" in side else ""
-    return f"{first_step(side):.1f} s{warm}"
+    cached = f"; {warm(side)} from cache" if "from_cache" in side else ""
+    return f"{first_step(side):.1f} s{cached}"
 
 
 def plot(results: list[dict[str, Any]], title: str, path: Path) -> None:

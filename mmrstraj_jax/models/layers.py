@@ -48,7 +48,7 @@ def times(
         # float32 one is as fast either way, for a bfloat16 one it makes a float32 copy of the whole weight
         few = x.reshape(rows, -1)
         few = jnp.pad(few, ((0, 1), (0, 0))) if rows == 1 else few
-        y = jnp.einsum("oi,ni->on", weight, few, preferred_element_type=dtype)
+        y = _times(weight, few, dtype)
         y = lax.optimization_barrier(y)  # else the transpose is folded into the product: x W^T again
         return y[:, :rows].T.reshape(*x.shape[:-1], -1)
     if on_cpu and rounds and dtype is None:
@@ -57,7 +57,8 @@ def times(
 
 
 def _times(x: Array, weight: Array, dtype: jnp.dtype | None = None) -> Array:
-    return jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=dtype)
+    # an einsum takes several times as long to trace
+    return lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=dtype)
 
 
 @jax.custom_jvp
@@ -91,8 +92,10 @@ def _widened(low: Float[Array, "*N R"], matrix: Float[Array, "out R"]) -> Float[
 
 def _widened_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     low, matrix = saved
-    gradient = lax.optimization_barrier(jnp.einsum("...r,...o->ro", low, dy))  # else it is turned round again
-    return jnp.einsum("...o,or->...r", dy, matrix), gradient.T
+    rows = tuple(range(dy.ndim - 1))
+    gradient = lax.dot_general(low, dy, ((rows, rows), ((), ())))
+    gradient = lax.optimization_barrier(gradient)  # else it is turned round again
+    return lax.dot_general(dy, matrix, (((dy.ndim - 1,), (0,)), ((), ()))), gradient.T
 
 
 _widened.defvjp(lambda low, matrix: (_times(low, matrix), (low, matrix)), _widened_backward)
@@ -140,7 +143,7 @@ class Linear(nnx.Module):
         if self.lora_A is not None:
             if keys is not None and self.lora_dropout > 0:
                 x = dropout(x, self.lora_dropout, jax.vmap(lambda key: jax.random.fold_in(key, tag))(keys))
-            low = jnp.einsum("...i,ri->...r", x, self.lora_A[...].astype(x.dtype))
+            low = _times(x, self.lora_A[...].astype(x.dtype))
             low = checkpoint_name(low, PRODUCT)
             # B's product has no name: as wide as the layer's own, it would double what "dots" keeps
             # The scale is of `low`, which is narrow: behind B, the backward pass would write all of dy again
