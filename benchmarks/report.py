@@ -194,6 +194,33 @@ def scaling(folder: Path) -> str:
     return "\n".join(parts) or NOTHING
 
 
+def stored() -> str:
+    """What the plan says of 7B with its language model in fewer bits; computed here, nothing is measured.
+
+    What the backward pass keeps without remat depends on JAX, so its version is said.
+    """
+    import jax
+
+    from mmrstraj_jax.config import MODEL_PRESETS, Config
+    from mmrstraj_jax.data.collate import Shape
+    from mmrstraj_jax.planning import memory
+
+    rows = ["| stored as | weights, GiB | peak, remat block | dots | none |", "|---|---|---|---|---|"]
+    for kind in ("none", "int8", "nf4"):
+        found = [
+            memory.estimate(
+                Config(dtype="bfloat16", remat=remat, batch_size=1, micro_batch_size=1, quantize_llm=kind),
+                MODEL_PRESETS["7b"],
+                Shape(5, 2176, 64, 0, False),
+            )
+            for remat in ("block", "dots", "none")
+        ]
+        figures = [found[0].resident["frozen weights"], *(one.peak for one in found)]
+        cells = " | ".join(f"{figure / 2**30:.1f}" for figure in figures)
+        rows.append(f"| {'bfloat16' if kind == 'none' else kind} | {cells} |")
+    return f"JAX {jax.__version__}:\n\n" + "\n".join(rows) + "\n"
+
+
 README_ITEMS = {
     "vision-1": "vision tower, one view",
     "prefill": "prompt of 2,100 tokens",
@@ -244,6 +271,7 @@ def main() -> None:
         "pipeline": pipeline(args.measured),
         "wins": wins(args.measured),
         "captions": captions(args.measured),
+        "stored": stored(),
         "scaling": scaling(args.measured),
         "summary": summary(args.measured),
     }

@@ -244,6 +244,27 @@ def test_strategies_of_a_known_case():
     assert low < high == pytest.approx(80)
 
 
+def test_the_page_has_the_scaling_models_present_figures(tmp_path, monkeypatch):
+    """It is computed, not measured: no machine is needed to follow the code."""
+    import report
+    import scaling
+
+    for path in (FOLDER / "measured").glob("scaling-*.json"):
+        record = json.loads(path.read_text())
+        words = [
+            *record["command"].split()[1:],
+            "--out",
+            str(tmp_path),
+            "--image",
+            str(tmp_path / "plot.png"),
+        ]
+        monkeypatch.setattr(sys, "argv", words)
+        scaling.main()
+        assert json.loads((tmp_path / path.name).read_text())["points"] == record["points"]
+    page = (FOLDER.parent / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert report.scaling(FOLDER / "measured") in page
+
+
 # ---- what the scripts need ----
 
 
