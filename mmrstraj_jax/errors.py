@@ -1,6 +1,7 @@
 """The one error type that means "the user can fix this", and how a command reports it."""
 
 import argparse
+import errno
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -8,6 +9,13 @@ from typing import NoReturn
 
 class UserError(ValueError):
     """Bad input: the message is one line naming the file, row or key, what was expected and what to do."""
+
+
+# A path that cannot be used as asked. Not ENOENT: a file that should be there and is not may be a bug of ours
+_OF_THE_PATH = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+    *(errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT),
+}
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -26,10 +34,18 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def run_command(main: Callable[[list[str]], int | None]) -> None:
-    """Runs a command's main on sys.argv; a UserError becomes one line on stderr and exit code 2."""
+    """Runs a command's main on sys.argv; a UserError becomes one line on stderr and exit code 2.
+
+    So does a path that the system refuses.
+    """
     try:
         code = main(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except OSError as error:
+        if error.filename is None or error.errno not in _OF_THE_PATH:
+            raise
+        print(f"error: {error.filename}: {error.strerror}; name a path that can be used", file=sys.stderr)
         code = 2
     sys.exit(code or 0)

@@ -42,6 +42,29 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
         run_command(main)
 
 
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (lambda folder: (folder / "file" / "below").mkdir(), "file/below: Not a directory"),
+        (lambda folder: (folder / "file").mkdir(), "file: File exists"),
+        (lambda folder: (folder / "folder").write_text("x"), "folder: Is a directory"),
+        (lambda folder: (folder / ("x" * 300)).mkdir(), "xxx: File name too long"),
+    ],
+)
+def test_a_path_that_the_system_refuses_is_the_users(tmp_path, capsys, monkeypatch, use, message):
+    monkeypatch.setattr(sys, "argv", ["command"])
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder").mkdir()
+    assert _exit_code(lambda args: use(tmp_path)) == 2
+    assert message + "; name a path" in capsys.readouterr().err
+
+
+def test_a_file_that_is_missing_within_keeps_its_traceback(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["command"])
+    with pytest.raises(FileNotFoundError):
+        run_command(lambda args: (tmp_path / "none").read_text())
+
+
 def test_user_error_is_public_and_a_value_error():
     assert mmrstraj_jax.UserError is UserError and issubclass(UserError, ValueError)
 
