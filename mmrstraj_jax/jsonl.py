@@ -11,17 +11,20 @@ from typing import IO, Any
 from mmrstraj_jax.errors import UserError
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """All complete rows. A last line without its line break was being written when the process died.
+def read(path: Path, *, log: bool = True) -> list[dict[str, Any]]:
+    """All rows. Raises UserError: unreadable, or a line that is no JSON object.
 
-    Raises UserError: unreadable, or a complete line that is no JSON object.
+    Args:
+      log: written by `append`: a last line without its line break was being written when the process died,
+        and is left out. In a file that a user made (False) it is a row like any other.
     """
     try:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; expected a JSON Lines file") from None
     rows = []
-    for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), 1):
+    data = data[: data.rfind(b"\n") + 1] if log else data
+    for number, line in enumerate(data.splitlines(), 1):
         if not line.strip():
             continue
         try:

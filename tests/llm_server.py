@@ -39,7 +39,7 @@ def text_of(body: dict) -> str:
 
 class Model:
     """`behave(body, number of this key's try)` gives None (answer), a status, "hang", "cut", "garbage",
-    "empty", "long", or the text of a reply."""
+    "empty", "long", "thought" (cut off before any text), or the text of a reply."""
 
     def __init__(self):
         self.tries, self.paid, self.bodies, self.keys = Counter(), Counter(), [], []
@@ -48,7 +48,7 @@ class Model:
         self.active = self.most_active = 0
         self.delay, self.hang = 0.0, 5.0  # seconds before a reply, and that a hanging one takes
         self.lock = threading.Lock()
-        self._answered: dict[str, tuple[str, str]] = {}
+        self._answered: dict[str, tuple[str | None, str]] = {}
         model = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -114,7 +114,8 @@ class Model:
                 self.paid[key] += 1
                 own = isinstance(kind, str) and kind not in ("cut", "hang")
                 content = kind if own else answer(text_of(body))
-                self._answered[key] = content, "length" if kind == "long" else "stop"
+                content = None if kind == "thought" else content
+                self._answered[key] = content, "length" if kind in ("long", "thought") else "stop"
             content, finish = self._answered[key]
         message = {"role": "assistant", "content": content}
         choice = {"index": 0, "message": message, "finish_reason": finish}

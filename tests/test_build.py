@@ -280,3 +280,38 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(built, world, mode
         build.main(words)
     assert build.main(words) == 0 and max(model.paid.values()) == 1
     assert build_case.files(tmp_path / "rsi-instruct") == build_case.files(built / "rsi-instruct")
+
+
+def test_thinking_models_get_their_tokens_and_their_switch(built, world, model, tmp_path):
+    words = ["rsi-instruct", "--config", str(build_case.config(world, model.url)), "--limit", "3"]
+    switch = '{"chat_template_kwargs": {"enable_thinking": false}}'
+    build.main([*words, "--out", str(tmp_path), "--max-tokens", "3000", "--extra-body", switch])
+    assert {body["max_tokens"] for body in model.bodies} == {3000}
+    assert all(body["chat_template_kwargs"] == {"enable_thinking": False} for body in model.bodies)
+    assert manifest(tmp_path / "rsi-instruct")["settings"]["extra_body"] == switch
+    with pytest.raises(UserError, match="max_tokens: 3000 -> 0"):
+        build.main([*words, "--out", str(tmp_path), "--extra-body", switch])
+    for more, message in (
+        (["--extra-body", "[1]"], "--extra-body .*expected a JSON object"),
+        (["--extra-body", "{x"], "--extra-body .*expected a JSON object"),
+        (["--extra-body", '{"max_tokens": 3}'], "max_tokens: set by the build itself"),
+        (["--max-tokens", "-1"], "--max-tokens -1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            build.main([*words, "--out", str(tmp_path), *more])
+
+
+def test_a_caption_id_that_comes_again_is_dropped_and_counted(world, model, tmp_path):
+    rows = []
+    for number in range(12):
+        caption = f"This image shows {number + 2} white houses beside a road in the north."
+        turns = [{"from": "human", "value": "<image>\nDescribe."}, {"from": "gpt", "value": caption}]
+        id = "0" if 4 <= number < 8 else str(number)
+        rows.append({"id": id, "image": f"images/P{number:04d}.png", "conversations": turns})
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    words = ["--out", str(tmp_path), "--config", str(build_case.config(world, model.url))]
+    captions = ["--captions", str(tmp_path / "rows.json"), "--images", str(world / "captions")]
+    build.main(["rsi-instruct", *words, *captions])
+    counts = manifest(tmp_path / "rsi-instruct")["counts"]
+    assert counts["dropped"] == {"id used before": 4} and counts["samples"] == {"train": 8}
+    build.main(["review", *words[:2], "--dataset", "rsi-instruct", "--tasks", str(tmp_path / "t.json")])

@@ -1,6 +1,7 @@
 """The steps that make trips and windows: sources, regions, anchors, extents, resume, what has no imagery."""
 
 import json
+import shutil
 
 import build_case
 import numpy as np
@@ -181,3 +182,105 @@ def test_anchors_along_the_path_give_several_windows(world, tmp_path):
     config = windows.Imagery(provider="synthcity", anchor="along", step=200.0, zooms=(18, 19))
     found = list(windows._windows(trip, config, dropped))
     assert len({name for name, _, _ in found}) == len(found) == 2 * (int(trip.length // 200) + 1)
+
+
+def write_trips(path, *starts):
+    """A drive of 900 m to the north from each place."""
+    rows = ["id,time,lat,lon"]
+    for number, (lat, lon) in enumerate(starts):
+        rows += [f"t{number},{1_500_000_000 + at},{lat + at * 1e-4:.6f},{lon}" for at in range(80)]
+    path.write_text("\n".join(rows) + "\n")
+
+
+@pytest.mark.parametrize("words", [("--anchor", "destination"), ("--extent",)])
+def test_one_trip_off_the_map_stops_nothing(tmp_path, words):
+    # the second reaches the map's edge: its window would leave it; the third lies beyond
+    write_trips(tmp_path / "trips.csv", (1.3, 103.8), (85.042, 10.0), (86.0, 10.0))
+    source = ["--source", f"csv:{tmp_path}/trips.csv"]
+    build.main(["trajectories", "--out", str(tmp_path), *source])
+    counts = json.loads((tmp_path / "trajectories" / "manifest.json").read_bytes())["counts"]
+    assert counts["points"]["off the map"] == 80 and counts["candidates"] == 2
+    found = list(candidates.load(tmp_path / "trajectories"))
+    for x, y in {
+        (x, y) for trip in found for x, y in zip(*tiles.tile_at(trip.lat, trip.lon, 12), strict=True)
+    }:
+        for i, j in ((a, b) for a in (-1, 0, 1) for b in (-1, 0, 1)):
+            tile = tmp_path / "tiles" / "12" / str(x + i) / f"{y + j}.png"
+            tile.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (256, 256), (10, 20, 30)).save(tile)
+    options = ["--provider", "folder", "--tiles", str(tmp_path / "tiles"), *SOURCE, "--size", "256", *words]
+    build.main(["imagery", "--out", str(tmp_path), *options, "--zooms", "12"])
+    counts = json.loads((tmp_path / "imagery" / "manifest.json").read_bytes())["counts"]
+    if words[0] == "--extent":  # an extent is cut at the edge
+        assert counts["dropped"] == {} and len(records(tmp_path)) == 2
+    else:
+        assert counts["dropped"] == {"off the map": 1} and "trip t1: window" in counts["first"]["off the map"]
+        assert [record["trip"] for record in records(tmp_path)] == ["t0"]
+
+
+def test_trips_of_an_older_build_that_reach_beyond_the_map_are_dropped(world, tmp_path):
+    shutil.copytree(world / "city" / "trajectories", tmp_path / "trajectories")
+    path = tmp_path / "trajectories" / "trips.jsonl"
+    rows = [json.loads(line) for line in path.open()]
+    rows[0]["lat"][-1] = 87.0
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    imagery(world, tmp_path, "--zooms", "18", "--size", "128")
+    counts = json.loads((tmp_path / "imagery" / "manifest.json").read_bytes())["counts"]
+    assert counts["dropped"] == {"off the map": 1} and len(records(tmp_path)) == 7
+    build.main(["quality", "--out", str(tmp_path), "--place-zoom", "16", "--min-score", "2"])
+
+
+@pytest.mark.parametrize("damage", [b"", b"<html>busy</html>", None])
+def test_a_damaged_tile_costs_its_windows_only(world, tmp_path, damage, capsys):
+    words = ("--zooms", "18", "--size", "128")
+    imagery(world, tmp_path / "whole", *words)
+    window = tiles.Window(**records(tmp_path / "whole")[0]["window"])
+    shutil.copytree(world / "tiles", tmp_path / "tiles")
+    x, y, _, _ = window.tiles()[0]
+    path = tmp_path / "tiles" / "18" / str(x) / f"{y}.png"
+    path.write_bytes(path.read_bytes()[:-200] if damage is None else damage)
+    imagery(world, tmp_path / "harmed", *words, "--tiles", str(tmp_path / "tiles"))
+    counts = json.loads((tmp_path / "harmed" / "imagery" / "manifest.json").read_bytes())["counts"]
+    lost = counts["dropped"]["damaged tile"]
+    assert lost >= 1 and len(records(tmp_path / "harmed")) == 8 - lost
+    assert str(path) in counts["first"]["damaged tile"] and str(path) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("sidecar", [b"", b"[]", b'{"sha256": "x"}', b"\xff\xfe"])
+def test_a_damaged_record_is_made_again(world, tmp_path, sidecar):
+    words = ("--zooms", "18", "--size", "128")
+    imagery(world, tmp_path / "city", *words)
+    expected = build_case.files(tmp_path / "city" / "imagery")
+    folder = tmp_path / "city" / "imagery"
+    path = (folder / "images" / records(tmp_path / "city")[0]["image"]).with_suffix(".json")
+    # as after a kill: the manifest says unfinished
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"status": "unfinished"}))
+    path.write_bytes(sidecar.replace(b"x", json.loads(path.read_bytes())["sha256"].encode()))
+    imagery(world, tmp_path / "city", *words)
+    assert build_case.files(folder) == expected
+
+
+def test_a_temporary_file_of_the_first_write_does_not_block_the_folder(world, tmp_path):
+    (tmp_path / "imagery").mkdir()
+    (tmp_path / "imagery" / ".manifest.json.0badcafe").write_text("{")
+    imagery(world, tmp_path, "--zooms", "18", "--size", "128")
+    assert len(records(tmp_path)) == 8
+    (tmp_path / "other" / "imagery").mkdir(parents=True)
+    (tmp_path / "other" / "imagery" / "mine.txt").write_text("x")
+    with pytest.raises(UserError, match="holds mine.txt"):
+        imagery(world, tmp_path / "other", "--zooms", "18")
+
+
+def test_utc_can_be_said_where_the_format_has_its_own_clock(tmp_path):
+    lines = [f"1,2008-02-02 15:36:{at:02d},116.{50000 + 20 * at},39.9" for at in range(60)]
+    (tmp_path / "1.txt").write_text("\n".join(lines) + "\n")
+    words = ["trajectories", "--source", f"tdrive:{tmp_path}/1.txt", "--cleaning.min-duration", "1"]
+    times = []
+    for name, more in (("a", []), ("b", ["--utc"])):
+        build.main([*words, "--out", str(tmp_path / name), *more])
+        (trip,) = candidates.load(tmp_path / name / "trajectories")
+        times.append(trip.time[0])
+    assert times[1] - times[0] == 8 * 3600
+    with pytest.raises(UserError, match="--utc and --utc-offset"):
+        build.main([*words, "--out", str(tmp_path / "c"), "--utc", "--utc-offset", "8"])

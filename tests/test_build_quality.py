@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from mmrstraj_jax import build, jsonl
-from mmrstraj_jax.construction import quality, selection
+from mmrstraj_jax.construction import quality, rsi_traffic, selection
 from mmrstraj_jax.construction.files import sha256
 from mmrstraj_jax.construction.tiles import Window, window_at
 from mmrstraj_jax.construction.trajectories import Trajectory
@@ -171,3 +171,17 @@ def test_planted_defects_are_rejected_with_their_reason_and_people_overrule(tmp_
         selection.run(
             tmp_path / "b", tmp_path / "city" / "trajectories", tmp_path / "city" / "imagery", config
         )
+
+
+def test_a_users_last_row_counts_without_its_line_break(tmp_path):
+    people = [{"id": "a", "reviewer": "r", "clarity": 3}, {"id": "b", "reviewer": "r", "clarity": 4}]
+    path = tmp_path / "people.jsonl"
+    path.write_text("\n".join(map(json.dumps, people)))
+    assert selection._people(path, {"a", "b"}).keys() == {"a", "b"}
+    path.write_text("\n".join(json.dumps({"id": name, "road": "x"}) for name in "ab"))
+    assert rsi_traffic._context(path) == {"a": {"road": "x"}, "b": {"road": "x"}}
+    # a line that breaks off is no row: in a file of ours it was being written, here somebody has to look
+    path.write_text('{"id": "a", "road": "x"}\n{"id": "b", "ro')
+    with pytest.raises(UserError, match="line 2 is not JSON"):
+        rsi_traffic._context(path)
+    assert jsonl.read(path) == [{"id": "a", "road": "x"}]

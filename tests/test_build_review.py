@@ -175,3 +175,20 @@ def test_mistakes_are_named(city, tmp_path):
         run(city, "--dataset", "ucm")
     run(city, "--accepted", "all", "--keep-unreviewed")
     assert len(list((city / "all" / "images").glob("*.png"))) >= 6
+
+
+def test_the_last_verdict_of_a_file_counts_without_its_line_break(city, tmp_path):
+    run(city, "--tasks", tmp_path / "tasks.json")
+    tasks = [task["data"] for task in json.loads((tmp_path / "tasks.json").read_bytes())][:2]
+    rows = [{"item": t["item"], "text": t["text"], **verdict("ann", "supported")} for t in tasks]
+    (tmp_path / "v.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run(city, "--verdicts", tmp_path / "v.jsonl")
+    assert jsonl.read(city / "review" / "rsi-traffic" / "verdicts.jsonl") == rows
+
+
+def test_a_set_of_an_older_build_with_an_id_twice_is_named(city, tmp_path):
+    path = city / "rsi-instruct" / "rsi_instruct.json"
+    rows = json.loads(path.read_bytes())
+    path.write_text(json.dumps([*rows, rows[0]]))
+    with pytest.raises(UserError, match="2 rows have the id '0'"):
+        run(city, "--dataset", "rsi-instruct", "--tasks", tmp_path / "t.json")

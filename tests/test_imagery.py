@@ -343,3 +343,25 @@ def test_no_archive_is_unpacked_and_no_pickle_read():
         names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         names |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
         assert not names & {"zipfile", "tarfile", "pickle", "shelve", "marshal", "unpack_archive"}, file
+
+
+def encoded(pixels, mode=None):
+    buffer = io.BytesIO()
+    Image.fromarray(pixels, mode).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_transparent_tiles_are_no_imagery_and_deep_ones_are_refused():
+    clear = np.zeros((8, 8, 4), np.uint8)
+    clear[..., :3] = 90
+    with pytest.raises(imagery.NoImagery, match="fully transparent"):
+        imagery.decode(encoded(clear), "t")
+    clear[0, 0, 3] = 1
+    assert (imagery.decode(encoded(clear), "t") == 90).all()
+    for value in (0, 40_000):
+        with pytest.raises(UserError, match="deeper than 8 bits") as caught:
+            imagery.decode(encoded(np.full((8, 8), value, np.uint16)), "t")
+        assert not isinstance(caught.value, imagery.NoImagery)
+    for damaged in (b"", b"<html>", png()[:60]):
+        with pytest.raises(imagery.DamagedImage):
+            imagery.decode(damaged, "t")

@@ -75,6 +75,8 @@ def test_the_key_is_everything_that_shapes_the_answer(tmp_path):
         Request("v1", "s", "p"),
         Request("v1", "s", "p", image=image, temperature=0.1),
         Request("v1", "s", "p", image=image, seed=1),
+        Request("v1", "s", "p", image=image, max_tokens=2048),
+        Request("v1", "s", "p", image=image, extra='{"a": 1}'),
     ]
     keys = [request.key("m") for request in [base, *others]] + [base.key("n")]
     assert len(set(keys)) == len(keys) and base.key("m") == keys[0]
@@ -238,6 +240,9 @@ def test_a_damaged_log_is_named(model, tmp_path):
         ('{"answer": " yes "}', True),
         ('```json\n{"answer": "yes"}\n```', True),
         ('<think>{"answer": "no"}</think>\n{"answer": "yes"}', True),
+        ('the question is easy</think>\n\n{"answer": "yes"}', True),  # the template opened the thought
+        ('{"answer": "no"}</think>```json\n{"answer": "yes"}```', True),
+        ('<think>it begins {"answer": "yes"}', False),
         ('{"answer": "yes"} and more', False),
         ('{"answer": "yes", "score": 10}', False),
         ('{"answer": ""}', False),
@@ -306,3 +311,25 @@ def test_replies_cannot_open_an_image_slot_or_end_a_turn():
     for bad in ("see <image>", "a<|im_end|>\n<|im_start|>system", "<video>"):
         assert parse(json.dumps({"answer": bad}), {"answer": Text()})[0] is None
     assert parse('{"answer": "x < 3 and y > 2 |"}', {"answer": Text()})[0]
+
+
+def test_a_thought_without_text_is_an_unusable_reply_and_paid_once(model, tmp_path):
+    """What vLLM's reasoning parser gives where the tokens end inside the thought: content null, "length"."""
+    model.behave = lambda body, attempt: None if len(body["messages"]) == 4 else "thought"
+    (outcome,) = client(model, tmp_path / "a").run(talk(requests(1)))
+    assert outcome.values == expected(requests(1))[0] and sum(model.tries.values()) == 2
+    assert "cut off after 512 tokens" in model.bodies[1]["messages"][3]["content"]
+    model.forget()
+    model.behave = lambda body, attempt: "thought"
+    run = client(model, tmp_path / "b")
+    (outcome,) = run.run(talk(requests(1)))
+    assert outcome.values is None and "cut off" in outcome.problem
+    assert run.spent == pytest.approx(2 * 300 / 1e6)
+
+
+def test_the_extra_body_is_sent_and_old_logs_stay_good(model, tmp_path):
+    asked = Request("v1", "s", "p", extra='{"chat_template_kwargs": {"enable_thinking": false}}')
+    client(model, tmp_path / "log").run(talk([asked]))
+    assert model.bodies[0]["chat_template_kwargs"] == {"enable_thinking": False}
+    # the key of a request of an earlier version of this package
+    assert Request("v1", "s", "p").key("m").startswith("855ffa290c91bf48")

@@ -144,6 +144,10 @@ def test_nwpu(tmp_path):
     assert item.id == "airplane/airplane_001.jpg" and item.images[0].parent.name == "airplane"
     assert item.references == ("the plane is white .", "caption 1", "caption 2", "caption 3", "caption 4")
     assert item.meta == {"class": "airplane", "distinct_references": 5, "repaired": 1}
+    # and the character itself, beside the escaped one
+    write(file, {"airplane": [row | {"raw_1": "two\u00a0planes", "raw_2": "a  \u00a0 b\\u00a0c"}]})
+    (item,) = readers.nwpu(file)
+    assert item.references[1:3] == ("two planes", "a b c") and item.meta["repaired"] == 3
     write(file, {"airplane": [{k: v for k, v in row.items() if k != "raw_3"}]})
     fails(r"airplane\[0\]: lacks the key 'raw_3'", readers.nwpu, file)
 
@@ -250,3 +254,14 @@ def test_levir_cc(tmp_path):
     ]
     write(tmp_path / "LevirCCcaptions.json", {"images": [changed | {"changeflag": "1"}]})
     fails("'changeflag' is '1', expected int or bool", readers.levir_cc, tmp_path)
+
+
+@pytest.mark.parametrize("place", ["test", "images/test", "test/A"])
+def test_levir_rows_with_their_split_in_filepath(tmp_path, place):
+    row = karpathy_image("test_1.png", "", " a house .")
+    del row["split"]
+    write(tmp_path / "LevirCCcaptions.json", {"images": [row | {"filepath": place}]})
+    (item,) = readers.levir_cc(tmp_path)
+    assert item.images == (tmp_path / "images/test/A/test_1.png", tmp_path / "images/test/B/test_1.png")
+    write(tmp_path / "LevirCCcaptions.json", {"images": [row | {"filepath": "A"}]})
+    fails(r"images\[0\]: 'filepath' is 'A', expected a folder train, val or test", readers.levir_cc, tmp_path)

@@ -122,3 +122,25 @@ def test_window_over_a_trip():
     assert across.bounds[0] > 179 and across.bounds[2] < -179
     with pytest.raises(UserError, match="lower zoom"):
         tiles.window_over(np.array([34.0, 35.0]), np.array([-118.0, -117.0]), 19)
+
+
+def test_the_maps_edges_belong_to_it():
+    # the printed limit is a hair beyond the exact one; 180 E ends the last column (as in mercantile)
+    assert tuple(map(int, tiles.tile_at(85.05112878, 0, 5))) == (16, 0)
+    assert tuple(map(int, tiles.tile_at([-85.05112878], [180.0], 5)[1])) == (31,)
+    assert tiles.tile_at(0, [-180.0, 179.999, 180.0], 5)[0].tolist() == [0, 31, 31]
+    for bad in (85.0512, -85.0512):
+        with pytest.raises(tiles.OffTheMap):
+            tiles.tile_at(bad, 0, 5)
+
+
+def test_a_window_may_end_on_the_antimeridian_or_cross_it():
+    size = 256 * 2**10
+    ends = tiles.Window(10, size - 512, size // 2)
+    assert ends.bounds[0] < ends.bounds[2] == 180.0 and ends.contains(-0.1, 179.9)
+    starts = tiles.Window(10, 0, size // 2)
+    assert starts.bounds[0] == -180.0 < starts.bounds[2] and starts.contains(-0.1, -179.9)
+    crosses = tiles.window_at(-0.1, 180.0, 10)
+    west, _, east, _ = crosses.bounds
+    assert 179 < west < 180 and -180 < east < -179 and crosses.contains(-0.1, [179.9, 180.0, -179.9]).all()
+    assert {x for x, _, _, _ in crosses.tiles()} == {1023, 0}

@@ -345,3 +345,18 @@ def test_anchors_and_distances_cross_the_antimeridian():
     trip = Trajectory("f", np.arange(101) * 10.0, np.full(101, -17.0), lon)
     assert anchors(trip, "centroid")[0].index == 50 == anchors(trip, "medoid")[0].index
     assert abs(trip.length - 0.1 * 111_195 * np.cos(np.radians(17))) < 1
+
+
+def test_motorcycles_have_their_own_limit_of_speed():
+    trip = dataclasses.replace(drive(), mode="motorcycle")
+    trip.lat[50] += 39 / 111_195  # 40 m/s there and back
+    assert run(trip, spike_speed=99)[1].points == {"impossible speed": 1}
+    assert not run(dataclasses.replace(trip, mode="car"), spike_speed=99)[1].points
+    assert not run(trip, spike_speed=99, max_motorcycle_speed=50)[1].points
+
+
+def test_fixes_beyond_the_map_are_dropped():
+    trip = drive(lat=85.0505)
+    trip.lat[150:] = 85.052
+    (part,), report = run(trip)
+    assert report.points == {"off the map": 50} and len(part) == 150

@@ -157,6 +157,13 @@ def test_the_record_of_a_corrected_extent(world, tmp_path, monkeypatch):
 # ---- GeoTIFF ----
 
 
+def test_the_geotiff_has_no_track(world, tmp_path):
+    image, record = made(world, tmp_path, geotiff=True, draw_track=True)
+    with Image.open(tmp_path / "trip.tif") as file:
+        assert np.array_equal(np.asarray(file), map_pixels(record["window"]))
+    assert not np.array_equal(image, map_pixels(record["window"]))
+
+
 def test_geotiff_tags(world, tmp_path):
     image, record = made(world, tmp_path, geotiff=True)
     with Image.open(tmp_path / "trip.tif") as file:

@@ -37,6 +37,7 @@ class Trajectories:
     source: tuple[str, ...] = ()  # FORMAT:PATH, several of them
     columns: tuple[str, ...] = ()  # FIELD=COLUMN for the format csv
     utc_offset: float = 0.0  # hours that local times of csv, gpx, ... are ahead of UTC; 0: the format's own
+    utc: bool = False  # local times are UTC, also where the format's own clock is another (tdrive, gotrack)
     datum: str = "wgs84"  # gcj02 for Chinese map positions
     regions: tuple[str, ...] = ()  # NAME=WEST:SOUTH:EAST:NORTH; none: the regions of the paper, and Porto
     inside_only: bool = False  # drop trips outside all regions
@@ -55,6 +56,8 @@ def run(folder: Path, config: Trajectories) -> None:
     sources = dict(_source(text) for text in config.source)
     if not sources:
         raise UserError("--source: expected FORMAT:PATH, e.g. --source geolife:Data/ or csv:trips.csv")
+    if config.utc and config.utc_offset:
+        raise UserError(f"--utc and --utc-offset {config.utc_offset}: expected one of them")
     names = _pairs(config.quotas, "quotas", "REGION=COUNT")
     quotas = {name: int(_number(text, f"--quotas {name}")) for name, text in names.items()}
     boxes = _boxes(config.regions)
@@ -104,7 +107,7 @@ def _trips(config: Trajectories, sources: dict[Path, str], boxes, report: Report
             format,
             report,
             columns=columns if format == "csv" else None,
-            utc_offset=config.utc_offset or None,
+            utc_offset=0.0 if config.utc else config.utc_offset or None,
             datum=config.datum,
         )
         for trip in found:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool
 
-from mmrstraj_jax.construction import geodesy
+from mmrstraj_jax.construction import geodesy, tiles
 from mmrstraj_jax.construction.trajectories import Report, Trajectory
 
 
@@ -18,7 +18,8 @@ class Cleaning:
     """Limits, in metres, seconds, metres per second and degrees."""
 
     max_accuracy: float = 50.0
-    max_speed: float = 50.0  # cars; 33 for motorcycles
+    max_speed: float = 50.0
+    max_motorcycle_speed: float = 33.0  # of trips with the mode motorcycle, where it is the lower one
     short_run: int = 3  # fixes that impossible speeds cut off at both sides are wrong, if so few
     spike_speed: float = 15.0
     spike_turn: float = 150.0
@@ -37,9 +38,9 @@ class Cleaning:
 def clean(trip: Trajectory, limits: Cleaning, report: Report) -> list[Trajectory]:
     """The good parts of a trip (none, one or several; ids "id", or "id~0", "id~1"), in time order.
 
-    Counts into `report.points` and `.trips` under: invalid position, outside the box, poor accuracy,
-    duplicate timestamp, impossible speed, spike, drift, stay point, too few points, too short, too brief;
-    into `.remarks`: reordered, split at a gap, split at an impossible speed.
+    Counts into `report.points` and `.trips` under: invalid position, off the map (beyond 85.05 degrees),
+    outside the box, poor accuracy, duplicate timestamp, impossible speed, spike, drift, stay point, too few
+    points, too short, too brief; into `.remarks`: reordered, split at a gap, split at an impossible speed.
     """
     where = f"{trip.source}: {trip.id}"
     report.points_in += len(trip)
@@ -74,6 +75,7 @@ def _valid(trip: Trajectory, limits: Cleaning, report: Report, where: str) -> Tr
     good = np.isfinite(trip.time) & (np.abs(trip.lat) <= 90) & (np.abs(trip.lon) <= 180)
     good &= (trip.lat != 0) | (trip.lon != 0)  # the null island of receivers without a fix
     trip = _keep(trip, good, "invalid position", report, where)
+    trip = _keep(trip, tiles.on_map(trip.lat), "off the map", report, where)
     if limits.box:
         west, south, east, north = limits.box
         wide = (east - west) % 360
@@ -104,8 +106,11 @@ def _possible(trip: Trajectory, limits: Cleaning, report: Report, where: str):
 
     Dropping whichever fix comes second would, after one bad first fix, drop the good ones behind it.
     """
+    fastest = limits.max_speed
+    if trip.mode == "motorcycle":
+        fastest = min(fastest, limits.max_motorcycle_speed)
     while len(trip) > 1:
-        jumps = _speeds(trip) > limits.max_speed
+        jumps = _speeds(trip) > fastest
         if not jumps.any():
             break
         run = np.concatenate([[0], np.cumsum(jumps)])

@@ -6,6 +6,7 @@ turn, from which draws), quarantine.jsonl (what was left out and why) and calls.
 
 import dataclasses
 import hashlib
+import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -25,6 +26,18 @@ CALLS = "calls.jsonl"
 _RUN = {"run": True}
 
 
+def _check_extra(text: str) -> None:
+    try:
+        value = json.loads(text or "{}")
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"--extra-body {text[:60]}: expected a JSON object")
+    ours = {"model", "messages", "max_tokens", "temperature", "top_p", "seed", "n", "stream"}
+    if known := sorted(value.keys() & ours):
+        raise UserError(f"--extra-body: {', '.join(known)}: set by the build itself; leave it out")
+
+
 @dataclass(frozen=True)
 class ModelSettings:
     """Which model answers, and what it may cost. The key is read from the variable `key_variable`."""
@@ -32,6 +45,8 @@ class ModelSettings:
     model: str = ""
     temperature: float = 0.7
     seed: int = 0
+    max_tokens: int = 0  # of a reply, thoughts included; 0: the prompt's own, 256 to 1024
+    extra_body: str = ""  # JSON object that goes with each call (docs/building.md, thinking models)
     base_url: str = field(default="http://localhost:8000/v1", metadata=_RUN)
     key_variable: str = field(default="OPENAI_API_KEY", metadata=_RUN)
     concurrency: int = field(default=8, metadata=_RUN)
@@ -46,6 +61,9 @@ class ModelSettings:
     def __post_init__(self):
         if self.concurrency < 1 or self.tries < 1 or self.timeout <= 0 or self.backoff < 0:
             raise UserError("--concurrency and --tries: expected 1 or more; --timeout and --backoff: seconds")
+        if self.max_tokens < 0:
+            raise UserError(f"--max-tokens {self.max_tokens}: expected 1 or more, or 0 for the prompt's own")
+        _check_extra(self.extra_body)
         if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.key_variable):
             # not shown: it may be the key itself
             raise UserError("--key-variable: expected an environment variable's name, like OPENAI_API_KEY")
@@ -215,4 +233,5 @@ def by_model(request_version: str, model: str, key: str, **draw: Any) -> dict[st
 
 def seeded(request, config: ModelSettings):
     """The request with the run's sampling."""
-    return dataclasses.replace(request, temperature=config.temperature, seed=config.seed)
+    sampling = {"temperature": config.temperature, "seed": config.seed, "extra": config.extra_body}
+    return dataclasses.replace(request, **sampling, max_tokens=config.max_tokens or request.max_tokens)

@@ -22,6 +22,10 @@ class NoImagery(UserError):
     """The provider has nothing for a window: the window is dropped and counted, the run goes on."""
 
 
+class DamagedImage(NoImagery):
+    """A file that is no whole PNG or JPEG: cut off, empty, an error page."""
+
+
 @dataclass(frozen=True)
 class Source:
     """Who made the imagery and on what terms it may be used; goes beside each image."""
@@ -34,10 +38,14 @@ class Source:
 
 
 def decode(body: bytes, where: str, size: tuple[int, int] | None = None) -> UInt8[np.ndarray, "H W 3"]:
-    """RGB pixels of a PNG or JPEG. Raises UserError: another format, broken, another size or too large."""
+    """RGB pixels of a PNG or JPEG; partly transparent ones in their own colour.
+
+    Raises DamagedImage: another format, or broken. NoImagery: nothing but transparent pixels. UserError:
+    another size, too large or deeper than 8 bits: as a rule, all tiles of a provider are then.
+    """
     kind = next((name for name, magic in _MAGIC.items() if body.startswith(magic)), None)
     if kind is None:
-        raise UserError(f"{where}: not a PNG or JPEG image (it begins with {body[:8]!r})")
+        raise DamagedImage(f"{where}: not a PNG or JPEG image (it begins with {body[:8]!r})")
     try:
         # the header is read first: a small file may claim terabytes of pixels
         with Image.open(io.BytesIO(body), formats=[kind]) as image:
@@ -45,11 +53,17 @@ def decode(body: bytes, where: str, size: tuple[int, int] | None = None) -> UInt
                 raise UserError(f"{where}: {image.size} pixels, expected {size}")
             if image.width * image.height > _MAX_PIXELS:
                 raise UserError(f"{where}: {image.size} pixels, expected at most {_MAX_PIXELS} in all")
+            if any(";16" in str(part.args) for part in image.tile):
+                # Pillow clips grey at 255 and keeps the upper 8 bits of colours: nearly black reflectances
+                raise UserError(f"{where}: deeper than 8 bits; convert the tiles to 8-bit RGB with a stretch")
+            if image.has_transparency_data:
+                if image.convert("RGBA").getchannel("A").getextrema() == (0, 0):
+                    raise NoImagery(f"{where}: fully transparent, as tiles without imagery are")
             return np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{where}: a damaged {kind} image") from None
+        raise DamagedImage(f"{where}: a damaged {kind} image") from None
 
 
 def draw_track(

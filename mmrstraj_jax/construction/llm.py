@@ -8,6 +8,7 @@ cost cap holds all the same.
 """
 
 import asyncio
+import json
 import os
 import random
 from collections.abc import Callable, Sequence
@@ -214,10 +215,13 @@ class Client:
                 messages=call.messages(),
                 max_tokens=call.max_tokens,
                 extra_headers={"Idempotency-Key": key},
+                extra_body=json.loads(call.extra) if call.extra else None,
                 **sampling,
             )
             choice = completion.choices[0]
             reply, finish = choice.message.content, choice.finish_reason
+            if reply is None and finish == "length":
+                reply = ""  # a thought that the server set apart took all the tokens: paid, no answer
             if not isinstance(reply, str):
                 raise ValueError("no text")
             usage = completion.usage

@@ -85,7 +85,9 @@ class Step:
         if not path.exists():
             # a preview leaves its log of calls, which the build goes on with
             own = (".lock", "calls.jsonl")
-            strangers = [file.name for file in self.folder.iterdir() if file.name not in own]
+            names = [file.name for file in self.folder.iterdir()]
+            # and a kill in the midst of the write below, write_atomic's temporary file
+            strangers = [name for name in names if name not in own and not name.startswith(f".{NAME}.")]
             if strangers:
                 raise UserError(
                     f"{self.folder}: holds {min(strangers)} but no {NAME}; expected a new or empty folder"

@@ -7,12 +7,14 @@ names no zone.
 
 import csv
 import dataclasses
+import itertools
 import json
 import sys
 import xml.etree.ElementTree as ElementTree
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -68,20 +70,41 @@ def read(
     suffixes, own_offset, reader = READERS[format]
     offset = 3600 * (own_offset if utc_offset is None else utc_offset)
     files = _files(Path(path), suffixes, format)
+    stems = Counter(file.stem for file in files)
+    folders: dict[Path, list[Path]] = {}
     for file in files:
-        for trip in reader(file, report, offset) if columns is None else _csv(file, report, offset, columns):
+        # Grab's export cuts trips into parts: a folder of them is read as one
+        folders.setdefault(file.parent if format == "grab" else file, []).append(file)
+    for parts in folders.values():
+        file, given = parts[0], parts if format == "grab" else parts[0]
+        for trip in reader(given, report, offset) if columns is None else _csv(file, report, offset, columns):
             if datum == "gcj02":
                 lat, lon = geodesy.gcj02_to_wgs84(trip.lat, trip.lon)
                 trip = dataclasses.replace(trip, lat=lat, lon=lon)
-            # ids are unique inside a file only: parts of an export cut trips
-            prefixed = len(files) > 1 and format in ("grab", "csv") and trip.id != file.stem
-            yield trip.take(slice(None), id=f"{file.stem}/{trip.id}") if prefixed else trip
+            id = trip.id
+            if format == "grab" and len(folders) > 1:
+                id = f"{file.parent.relative_to(path).as_posix()}/{id}"
+            elif format not in ("grab", "geolife") and stems[file.stem] > 1:
+                id = _apart(id, file, Path(path))
+            elif format == "csv" and len(files) > 1 and id != file.stem:
+                id = f"{file.stem}/{id}"  # ids are unique inside a file only
+            yield trip if id == trip.id else trip.take(slice(None), id=id)
+
+
+def _apart(id: str, file: Path, root: Path) -> str:
+    """A trip's id by its file's place below the folder: other files have the same name."""
+    place, stem = file.relative_to(root).with_suffix("").as_posix(), file.stem
+    if id == stem or id.startswith(f"{stem}/"):
+        return place + id.removeprefix(stem)
+    return f"{place}/{id}"
 
 
 def _files(path: Path, suffixes: tuple[str, ...], format: str) -> list[Path]:
     if path.is_file():
         return [path]
-    found = sorted(file for suffix in suffixes for file in path.rglob(f"*{suffix}") if file.is_file())
+    # .PLT and .GPX too, as some receivers and old file systems write them
+    files = (file for file in path.rglob("*") if file.name.lower().endswith(suffixes))
+    found = sorted(file for file in files if file.is_file())
     if not found:
         problem = (
             "no such file or folder" if not path.exists() else f"no {' or '.join(suffixes)} file below it"
@@ -122,14 +145,14 @@ class _Trips:
     """Fixes collected per trip, in the order in which trips first appear; rows of trips may be mixed."""
 
     def __init__(self, source: Path):
-        self.source = str(source)
+        self.source = str(source)  # of the fixes added next
         self.fixes: dict[str, tuple[array, ...]] = {}
         self.about: dict[str, dict[str, Any]] = {}
 
     def add(self, id: str, line: int, time: float, lat: float, lon: float, accuracy=np.nan, **about) -> None:
         if id not in self.fixes:
             self.fixes[id] = tuple(array("d") for _ in range(4))
-            self.about[id] = {"line": line, **about}
+            self.about[id] = {"line": line, "source": self.source, **about}
         for values, value in zip(self.fixes[id], (time, lat, lon, accuracy), strict=True):
             values.append(value)
 
@@ -137,7 +160,7 @@ class _Trips:
         for id, fixes in self.fixes.items():
             time, lat, lon, accuracy = (np.array(values) for values in fixes)
             known = None if np.isnan(accuracy).all() else accuracy
-            yield Trajectory(id, time, lat, lon, source=self.source, accuracy=known, **self.about[id])
+            yield Trajectory(id, time, lat, lon, accuracy=known, **self.about[id])
 
 
 def _add_rows(
@@ -193,25 +216,40 @@ def _csv(path: Path, report: Report, offset: float, columns: Mapping[str, str]) 
     return trips
 
 
-def _grab(path: Path, report: Report, offset: float) -> Iterable[Trajectory]:
-    """Grab-Posisi: parquet parts or their CSV export, rows in no order; a trip cut by a part is two."""
-    if path.suffix != ".parquet":
-        return _csv(path, report, offset, GRAB_COLUMNS)
+def _grab(paths: Sequence[Path], report: Report, offset: float) -> Iterable[Trajectory]:
+    """Grab-Posisi: parquet parts or their CSV export, rows in no order; a trip may lie in several parts.
+
+    A fix takes 36 bytes until all parts are read: 3 GB for the 80 million of the whole export.
+    """
+    trips = _Trips(paths[0])
+    for path in paths:
+        trips.source = str(path)
+        rows = _parquet(path) if path.suffix.lower() == ".parquet" else _rows(path, GRAB_COLUMNS.values())
+        _add_rows(trips, rows, GRAB_COLUMNS, report, offset)
+    return trips
+
+
+def _parquet(path: Path) -> Iterator[tuple[int, dict]]:
+    """(number, row) with Grab's columns."""
     try:
-        import pyarrow.parquet as parquet
+        import pyarrow
+        import pyarrow.parquet
     except ImportError:
         raise UserError(
             f"{path}: parquet needs pyarrow: pip install 'mmrstraj-jax[geo]', or export CSV"
         ) from None
-    file = parquet.ParquetFile(path)
-    missing = sorted(set(GRAB_COLUMNS.values()) - set(file.schema_arrow.names))
-    if missing:
-        raise UserError(f"{path}: no column {', '.join(missing)}; expected Grab-Posisi's columns")
-    trips, line = _Trips(path), 0
-    for batch in file.iter_batches(columns=list(GRAB_COLUMNS.values())):
-        _add_rows(trips, enumerate(batch.to_pylist(), line + 1), GRAB_COLUMNS, report, offset)
-        line += batch.num_rows
-    return trips
+    line = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            missing = sorted(set(GRAB_COLUMNS.values()) - set(file.schema_arrow.names))
+            if missing:
+                raise UserError(f"{path}: no column {', '.join(missing)}; expected Grab-Posisi's columns")
+            for batch in file.iter_batches(columns=list(GRAB_COLUMNS.values())):
+                yield from enumerate(batch.to_pylist(), line + 1)
+                line += batch.num_rows
+    except (pyarrow.ArrowException, OSError) as error:
+        why = " ".join(str(error).split())[:120]
+        raise UserError(f"{path}: damaged or no parquet ({why}); download or export it again") from None
 
 
 def _worldtrace(path: Path, report: Report, offset: float) -> Iterable[Trajectory]:
@@ -240,6 +278,22 @@ def _labels(path: Path, report: Report) -> list[tuple[float, float, str]]:
     return sorted(spans)
 
 
+def _modes(spans: list[tuple[float, float, str]]) -> Callable[[float], str]:
+    """The mode at a time; of nested spans the inner one's, and behind its end the outer one's again."""
+    starts = [start for start, _, _ in spans]
+    latest = list(itertools.accumulate((end for _, end, _ in spans), max))
+
+    def mode_at(time: float) -> str:
+        at = bisect_right(starts, time) - 1
+        while at >= 0 and time <= latest[at]:
+            if time <= spans[at][1]:
+                return spans[at][2]
+            at -= 1
+        return ""
+
+    return mode_at
+
+
 def _geolife(path: Path, report: Report, offset: float) -> Iterator[Trajectory]:
     """GeoLife 1.3: 6 header lines; lat, lon, 0, altitude in feet (-777: unknown; unused), days, date, time.
 
@@ -258,13 +312,9 @@ def _geolife(path: Path, report: Report, offset: float) -> Iterator[Trajectory]:
             trips.add(path.stem, number, seconds(f"{date} {time.strip()}", offset), float(lat), float(lon))
         except ValueError:
             report.drop("malformed row", 1, f"{path}: line {number}")
-    spans = _labels(user_folder / "labels.txt", report)
-    starts = [start for start, _, _ in spans]
+    mode_at = _modes(_labels(user_folder / "labels.txt", report))
     for trip in trips:
-        modes = []
-        for time in trip.time:
-            at = bisect_right(starts, time) - 1
-            modes.append(spans[at][2] if at >= 0 and time <= spans[at][1] else "")
+        modes = [mode_at(time) for time in trip.time]
         cuts = [i for i in range(1, len(modes)) if modes[i] != modes[i - 1]]
         for part, (a, b) in enumerate(zip([0, *cuts], [*cuts, len(modes)], strict=True)):
             name = f"{user}/{trip.id}" + (f"#{part}" if cuts else "")
@@ -280,7 +330,9 @@ def _porto(path: Path, report: Report, offset: float) -> Iterator[Trajectory]:
     for line, row in _rows(path, ("TRIP_ID", "TAXI_ID", "TIMESTAMP", "MISSING_DATA", "POLYLINE")):
         where = f"{path}: line {line}"
         try:
-            points = np.array(json.loads(row["POLYLINE"]), np.float64).reshape(-1, 2)
+            points = np.array(json.loads(row["POLYLINE"]), np.float64)
+            if points.shape != (len(points), 2) and points.shape != (0,):
+                raise ValueError("not a list of [lon, lat]")
             start = seconds(row["TIMESTAMP"], offset)
         except (TypeError, ValueError):
             report.drop_trip("malformed row", 1, where)
@@ -316,8 +368,10 @@ def _gotrack(path: Path, report: Report, offset: float) -> Iterable[Trajectory]:
 
     Aracaju's clock, UTC-3, is assumed: the set does not say.
     """
-    if path.name != "go_track_trackspoints.csv":
-        return []
+    if path.name.lower() != "go_track_trackspoints.csv":
+        raise UserError(
+            f"{path}: expected the name go_track_trackspoints.csv, and go_track_tracks.csv beside it"
+        )
     modes, users = {}, {}
     tracks = path.with_name("go_track_tracks.csv")
     for _, row in _rows(tracks, ("id", "id_android", "car_or_bus")):
@@ -367,7 +421,7 @@ def _gpx(path: Path, report: Report, offset: float) -> Iterable[Trajectory]:
     return trips
 
 
-Reader = Callable[[Path, Report, float], Iterable[Trajectory]]
+Reader = Callable[..., Iterable[Trajectory]]  # (a file, or Grab's parts of a folder; report; offset)
 READERS: dict[str, tuple[tuple[str, ...], float, Reader]] = {  # suffixes, hours ahead of UTC, reader
     "geolife": ((".plt",), 0.0, _geolife),
     "grab": ((".parquet", ".csv"), 0.0, _grab),

@@ -89,15 +89,18 @@ class Request:
     temperature: float = 0.7
     top_p: float = 1.0
     seed: int = 0
+    extra: str = ""  # JSON object that the call's body gets besides, such as vLLM's chat_template_kwargs
     # what is wrong with an answer of the right form, or ""; a function of version and prompt alone
     check: Callable[[dict[str, str]], str] = field(default=_anything, compare=False)
     repair: tuple[str, str] | None = None  # the unusable reply and what was wrong with it
 
     def key(self, model: str) -> str:
-        """SHA-256 of model, prompt version, rendered prompt, image and sampling."""
+        """SHA-256 of model, prompt version, rendered prompt, image, sampling and extra body."""
         image = None if self.image is None else self.image.sha256
         sampling = [self.max_tokens, self.temperature, self.top_p, self.seed]
         parts = [model, self.version, self.system, self.prompt, image, sampling, self.repair]
+        # only where there is one: logs from before it stay good
+        parts += [self.extra] if self.extra else []
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def messages(self) -> list[dict[str, Any]]:
@@ -132,16 +135,29 @@ class Request:
         return math.ceil(count / 4) + 16 + image, count + 256 + image
 
 
+def _value(text: str) -> Any:
+    """The JSON value of a text, in a code fence or bare; None where it is not JSON."""
+    text = text.strip()
+    fenced = re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", text, flags=re.DOTALL)
+    try:
+        return json.loads(fenced[1] if fenced else text)
+    except ValueError:
+        return None
+
+
 def parse(reply: str, schema: Mapping[str, Text]) -> tuple[dict[str, str] | None, str]:
     """(values, "") of a reply that is one JSON object with exactly the schema's fields, else (None, why).
 
-    A code fence around it and a reasoning model's <think> block before it are tolerated, nothing else.
+    A code fence around it and a reasoning model's thought before it, up to </think>, are tolerated, nothing
+    else. The thought need not begin with <think>: some chat templates open it in the prompt.
     """
-    text = re.sub(r"\A\s*<think>.*?</think>", "", reply, flags=re.DOTALL).strip()
-    fenced = re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", text, flags=re.DOTALL)
     try:
-        value = json.loads(fenced[1] if fenced else text)
-    except (ValueError, RecursionError):
+        value = _value(reply)
+        if value is None:
+            value = _value(reply.partition("</think>")[2])
+    except RecursionError:
+        value = None
+    if value is None:
         return None, "it was not one JSON object."
     if not isinstance(value, dict) or set(value) != set(schema):
         return None, f"it must be a JSON object with exactly the fields {', '.join(schema)}."

@@ -67,9 +67,12 @@ def run(out: Path, config: Review) -> None:
 
 
 def load(folder: Path) -> tuple[dict[str, list[dict]], dict[str, dict]]:
-    """({file name: rows}, {id: provenance}) of a data set."""
+    """({file name: rows}, {id: provenance}) of a data set. Raises UserError: two rows of one id."""
     files = sorted(path for path in folder.glob("*.json") if path.name != "manifest.json")
     rows = {path.name: json.loads(path.read_bytes()) for path in files}
+    for id, count in Counter(row["id"] for file in rows.values() for row in file).most_common(1):
+        if count > 1:
+            raise UserError(f"{folder}: {count} rows have the id {id!r}; expected one: build the set again")
     return rows, {row["id"]: row for row in read_lines(folder / "provenance.jsonl")}
 
 
@@ -92,7 +95,7 @@ def _mark(answer: str) -> str:
 
 def _take_in(path: Path, log: Path, items: Mapping[str, dict]) -> None:
     """Appends the verdicts of a file that are new; all of them are checked first."""
-    found = list(jsonl.read(path) if path.suffix == ".jsonl" else label_studio.read(path))
+    found = list(jsonl.read(path, log=False) if path.suffix == ".jsonl" else label_studio.read(path))
     for number, row in enumerate(found, 1):
         _check(row, f"{path}: verdict {number}")
         item = items.get(row["item"])

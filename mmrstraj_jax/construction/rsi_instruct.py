@@ -64,11 +64,13 @@ def _captions(config: Instruct, dropped: Counter) -> Iterator[Captioned]:
     path = Path(config.captions)
     file = path / "captions.json" if path.is_dir() else path
     images = Path(config.images) if config.images else None
-    seen = set()
+    seen, ids = set(), set()
     for sample in _rsicap(file, images) if _is_rsicap(file) else _rows(file, images):
         reason = (
             "image used before"
             if sample.image in seen
+            else "id used before"  # provenance, verdicts and the answers' log know a sample by its id
+            if sample.id in ids
             else "too short for a caption"
             if len(sample.caption.split()) < config.min_words
             else "control words in the caption"
@@ -79,6 +81,7 @@ def _captions(config: Instruct, dropped: Counter) -> Iterator[Captioned]:
             dropped[reason] += 1
             continue
         seen.add(sample.image)
+        ids.add(sample.id)
         yield sample
 
 

@@ -91,7 +91,7 @@ def _converse(
 def _context(path: Path) -> dict[str, dict[str, str]]:
     """{image: {name: text}}; foreign text, which goes into prompts as data only."""
     found = {}
-    for number, row in enumerate(jsonl.read(path), 1):
+    for number, row in enumerate(jsonl.read(path, log=False), 1):
         id, values = row.pop("id", None), row
         named = all(re.fullmatch(r"[a-z_]{1,40}", name) for name in values)
         short = all(isinstance(text, str) for text in values.values()) and len(json.dumps(values)) <= 4000

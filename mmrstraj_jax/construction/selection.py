@@ -88,7 +88,7 @@ def accepted(folder: Path) -> Iterator[dict[str, Any]]:
 def _people(path: Path, ids: set[str]) -> dict[str, dict[str, Any]]:
     """{image: {axis: mean score, "by": reviewers}}."""
     found: dict[str, list[dict]] = defaultdict(list)
-    for number, row in enumerate(jsonl.read(path), 1):
+    for number, row in enumerate(jsonl.read(path, log=False), 1):
         scores = {axis: row[axis] for axis in quality.AXES if axis in row}
         good = all(type(v) in (int, float) and 1 <= v <= 10 for v in scores.values())
         if row.get("id") not in ids or not isinstance(row.get("reviewer"), str) or not scores or not good:
@@ -135,6 +135,8 @@ def _traffic(trips, records: list[dict], places: Mapping[str, tiles.Window]):
     network = defaultdict(lambda: np.zeros((8, 8, 4)))
     wandering = {}
     for trip in trips:
+        if not tiles.on_map(trip.lat).all():
+            continue  # its imagery was dropped as "off the map"
         x, y = tiles.tile_at(trip.lat, trip.lon, _GRID)
         cells = set(zip(np.atleast_1d(x).tolist(), np.atleast_1d(y).tolist(), strict=True))
         for id in {id for cell in cells for id in near.get(cell, ())}:

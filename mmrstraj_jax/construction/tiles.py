@@ -22,11 +22,20 @@ MAX_ZOOM = 24
 MAX_SIDE = 16_384  # pixels of a stitched window
 
 
+class OffTheMap(UserError):
+    """A position or window beyond 85.05 degrees, where Web Mercator ends."""
+
+
+def on_map(lat):
+    """Mask of the latitudes that Web Mercator shows; 85.05112878 as it is often printed is one."""
+    return np.abs(lat) <= MAX_LATITUDE + 1e-6
+
+
 def world_pixel(lat, lon, zoom: int, tile: int = TILE):
-    """World pixel (x, y) of degrees, as floats; arrays broadcast. Raises UserError: beyond 85.05 degrees."""
+    """World pixel (x, y) of degrees, as floats; arrays broadcast. Raises OffTheMap: beyond 85.05 degrees."""
     lat, lon = np.asarray(lat, np.float64), np.asarray(lon, np.float64)
-    if not (np.abs(lat) <= MAX_LATITUDE).all() or not np.isfinite(lon).all():
-        raise UserError(
+    if not on_map(lat).all() or not np.isfinite(lon).all():
+        raise OffTheMap(
             f"latitude {lat!r:.60}: expected degrees within +-{MAX_LATITUDE:.4f}, the Web Mercator map"
         )
     _check_zoom(zoom)
@@ -44,11 +53,12 @@ def degrees(x, y, zoom: int, tile: int = TILE):
 
 
 def tile_at(lat, lon, zoom: int):
-    """Tile (x, y) that holds the degrees, as int64."""
+    """Tile (x, y) that holds the degrees, as int64; 180 E is the last column's edge, 180 W the first's."""
     x, y = world_pixel(lat, lon, zoom, tile=1)
     last = 2**zoom - 1
     # mercantile's epsilon: a tile's own corner must fall into it in spite of rounding
     columns = np.floor(x + 1e-14 * 2**zoom).astype(np.int64)
+    columns = np.where(np.equal(lon, 180.0), last, columns)
     return np.clip(columns, 0, last), np.clip(np.floor(y + 1e-14 * 2**zoom).astype(np.int64), 0, last)
 
 
@@ -88,7 +98,7 @@ class Window:
                 f"and no more than the world; use a lower zoom or several anchors"
             )
         if self.top < 0 or self.top + self.height > size:
-            raise UserError(
+            raise OffTheMap(
                 f"window at zoom {self.zoom}: rows {self.top} to {self.top + self.height} leave the map"
             )
 
@@ -100,10 +110,13 @@ class Window:
 
     @property
     def bounds(self) -> tuple[float, float, float, float]:
-        """West, south, east, north in degrees; west > east where the window crosses the antimeridian."""
+        """West, south, east, north in degrees; west > east where the window crosses the antimeridian.
+
+        East is 180, not -180, where it ends there.
+        """
         north, west = degrees(self.left, self.top, self.zoom)
         south, east = degrees(self.left + self.width, self.top + self.height, self.zoom)
-        return float(west), float(south), float(east), float(north)
+        return float(west), float(south), 180.0 if east == -180.0 else float(east), float(north)
 
     @property
     def gsd(self) -> float:

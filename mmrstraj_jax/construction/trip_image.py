@@ -95,6 +95,8 @@ def write(path: Path, trajectory: Path, config: TripImage) -> dict:
         config, Downloader(Path(config.cache) if config.cache else None, interval=config.interval)
     )
     pixels = provider.image(window)
+    if config.geotiff:  # before the track: the provider's exact pixels
+        geotiff.write(path.with_suffix(".tif"), pixels, window)
     if config.draw_track:
         for part in parts:
             pixels = imagery.draw_track(pixels, window, part.lat, part.lon)
@@ -111,8 +113,6 @@ def write(path: Path, trajectory: Path, config: TripImage) -> dict:
         "track_drawn": config.draw_track,
         "shift_pixels": round(ground.shift(window), 4),
     }
-    if config.geotiff:
-        geotiff.write(path.with_suffix(".tif"), pixels, window)
     record = imagery.save(path, pixels, window, provider.source, **about)
     if about["shift_pixels"] > ground.LARGEST_SHIFT:
         record = _one_scale(path, pixels, window, record)

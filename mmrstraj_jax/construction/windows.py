@@ -6,6 +6,7 @@ An image that is there with its record is not asked for again, so a killed run g
 import hashlib
 import json
 import re
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,8 @@ from mmrstraj_jax.construction.trajectories import ANCHORS, Anchor, Trajectory, 
 from mmrstraj_jax.errors import UserError
 
 INDEX = "images.jsonl"
+# of a record: what this step and those after it read
+_RECORD = {"id", "image", "sha256", "window", "gsd_metres", "trip", "region", "track", "anchor", "provider"}
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,8 @@ class Imagery(ProviderSettings):
 def run(folder: Path, trips: Path, config: Imagery) -> None:
     """Writes images/ID.png with ID.json beside it, and images.jsonl.
 
-    Windows without imagery are dropped and counted; a failing server ends the run, which then goes on where
-    it was.
+    Windows without imagery, with a damaged tile or off the map are dropped and counted, with the first of
+    each; a failing server ends the run, which then goes on where it was.
 
     Raises UserError: bad settings, no finished step `trajectories`, a failing provider, no image at all.
     """
@@ -57,29 +60,50 @@ def run(folder: Path, trips: Path, config: Imagery) -> None:
     with Step(folder, "imagery", config, {"trips": trips / candidates.TRIPS}) as step:
         if step.done:
             return
-        records, dropped = [], Counter()
+        records, dropped = [], Dropped()
         for trip in tqdm(candidates.load(trips), "imagery", unit=" trips", disable=None):
             for name, window, anchor in _windows(trip, config, dropped):
                 try:
                     records.append(
                         _image(folder / "images" / f"{name}.png", provider, trip, window, anchor, config)
                     )
-                except imagery.NoImagery:
-                    dropped["no imagery"] += 1
+                except imagery.DamagedImage as error:
+                    tqdm.write(f"{name} is left out: {error}", sys.stderr)
+                    dropped.count("damaged tile", trip, error)
+                except imagery.NoImagery as error:
+                    dropped.count("no imagery", trip, error)
+                except tiles.OffTheMap as error:
+                    dropped.count("off the map", trip, error)
         if not records:
-            raise UserError(f"--provider {config.provider}: no image for any trip; dropped: {dict(dropped)}")
+            raise UserError(f"--provider {config.provider}: no image for any trip; {dropped}")
         with lines_writer(folder / INDEX) as write:
             for record in records:
                 write(record)
         zooms = Counter(
             f"{record['region'] or 'elsewhere'}, zoom {record['window']['zoom']}" for record in records
         )
-        counts = {"images": dict(sorted(zooms.items())), "dropped": dict(sorted(dropped.items()))}
+        counts = {"images": dict(sorted(zooms.items())), "dropped": dict(sorted(dropped.reasons.items()))}
+        counts |= {"first": dict(sorted(dropped.first.items()))}
         images = [folder / "images" / record["image"] for record in records]
         step.finish(counts, [folder / INDEX, *images, *(path.with_suffix(".json") for path in images)])
 
 
-def _windows(trip: Trajectory, config: Imagery, dropped: Counter):
+class Dropped:
+    """Windows without an image: how many, by reason, and where each reason was first met."""
+
+    def __init__(self):
+        self.reasons: Counter = Counter()
+        self.first: dict[str, str] = {}
+
+    def count(self, reason: str, trip: Trajectory, why: UserError) -> None:
+        self.reasons[reason] += 1
+        self.first.setdefault(reason, f"trip {trip.id}: {why}")
+
+    def __str__(self) -> str:
+        return f"dropped: {dict(self.reasons)}; the first of each: {self.first}"
+
+
+def _windows(trip: Trajectory, config: Imagery, dropped: Dropped):
     """(name, window, anchor) of a trip; names are safe in file systems, and the trip's own."""
     place = re.sub(r"[^a-z0-9]+", "-", trip.region.lower()).strip("-") or "trip"
     stem = f"{place}-{hashlib.sha256(trip.id.encode()).hexdigest()[:10]}"
@@ -87,18 +111,20 @@ def _windows(trip: Trajectory, config: Imagery, dropped: Counter):
         if config.extent:
             try:
                 window = tiles.window_over(trip.lat, trip.lon, zoom, config.margin)
-            except UserError:
-                dropped["extent too large"] += 1
+            except UserError as error:
+                large = not isinstance(error, tiles.OffTheMap)
+                dropped.count("extent too large" if large else "off the map", trip, error)
                 continue
             yield f"{stem}-z{zoom}-extent", window, Anchor(*window.center, -1, "extent")
             continue
         side = config.size * float(tiles.ground_resolution(trip.lat[0], zoom))
         for number, anchor in enumerate(anchors(trip, config.anchor, step=config.step, side=side)):
-            yield (
-                f"{stem}-z{zoom}-{number}",
-                tiles.window_at(anchor.lat, anchor.lon, zoom, config.size),
-                anchor,
-            )
+            try:
+                window = tiles.window_at(anchor.lat, anchor.lon, zoom, config.size)
+            except tiles.OffTheMap as error:
+                dropped.count("off the map", trip, error)
+                continue
+            yield f"{stem}-z{zoom}-{number}", window, anchor
 
 
 def _image(
@@ -118,10 +144,15 @@ def _image(
 
 
 def _known(path: Path) -> dict[str, Any] | None:
-    """The record of a whole image, or None."""
+    """The record of a whole image, or None: an image with a damaged record is made again."""
     if not path.with_suffix(".json").is_file() or not path.is_file():
         return None
-    record = json.loads(path.with_suffix(".json").read_bytes())
+    try:
+        record = json.loads(path.with_suffix(".json").read_bytes())
+    except ValueError:
+        return None
+    if not isinstance(record, dict) or not _RECORD <= record.keys():
+        return None
     return record if record["sha256"] == sha256(path) else None
 
 

@@ -221,20 +221,22 @@ def nwpu(path: str | Path, split: str = "test", images: str | Path | None = None
     <class>/<file>.
 
     Some captions hold the six characters backslash-u00a0, a non-breaking space that was escaped twice: it
-    becomes a space, and meta["repaired"] counts such references (as tokens they would never be matched).
+    becomes a space, as a real one does, and meta["repaired"] counts such references (as tokens they would
+    never be matched).
     """
     file = Path(path)
     root = Path(images) if images else file.parent / "NWPU_images"
     classes = _read(file)
     by_split: dict[str, list[Item]] = {}
+    spaces = r"(?:\\u00a0|\xa0)"
     for name in classes.value:
         for row in classes.rows(name):
             texts = [row.text(key) for key in ("raw", "raw_1", "raw_2", "raw_3", "raw_4")]
-            references = tuple(re.sub(r" *\\u00a0 *", " ", text).strip() for text in texts)
+            references = tuple(re.sub(f" *{spaces} *", " ", text).strip() for text in texts)
             meta = {
                 "class": name,
                 "distinct_references": len(set(references)),
-                "repaired": sum(r"\u00a0" in text for text in texts),
+                "repaired": sum(bool(re.search(spaces, text)) for text in texts),
             }
             image = row.text("filename")
             paths = (_image(row, root, f"{name}/{image}"),)
@@ -330,18 +332,28 @@ def rsvqa_bin(answer: str, kind: str, variant: str) -> str | None:
 # ---- LEVIR-CC ----
 
 
+def _split_in(row: _Row, path: str) -> str:
+    found = [part for part in path.split("/") if part in ("train", "val", "test")]
+    if len(found) != 1:
+        raise UserError(
+            f"{row.where}: 'filepath' is {path!r:.60}, expected a folder train, val or test in it"
+        )
+    return found[0]
+
+
 def levir_cc(path: str | Path, split: str = "test", images: str | Path | None = None) -> list[Item]:
     """Change captions: LevirCCcaptions.json or its folder; images/<split>/{A,B}/<file>. Two images an item.
 
     meta["changed"] is the file's `changeflag`; where a row has none, whether its first caption is outside
     RSICC's five stock sentences of no change (meta["changed_from"] says which). Captions come with a leading
-    space, dropped.
+    space, dropped. A row without `split` has it in its `filepath`: "test", or a path through such a folder.
     """
     file = _file(path, "LevirCCcaptions.json")
     root = Path(images) if images else file.parent / "images"
     by_split: dict[str, list[Item]] = {}
     for row in _read(file).rows("images"):
-        name, of = row.text("filename"), row.text("split")
+        name = row.text("filename")
+        of = row.text("split") if "split" in row.value else _split_in(row, row.text("filepath"))
         references = tuple(sentence.text("raw") for sentence in row.rows("sentences"))
         if not references:
             raise UserError(f"{row.where}: {name} has no sentences")
