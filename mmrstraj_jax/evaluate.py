@@ -31,6 +31,14 @@ STUDIES = {
 _DOC = __doc__.format(studies="\n".join(f"  evaluate {name:<11}{text}" for name, text in STUDIES.items()))
 
 
+def folder(text: str) -> Path:
+    """An --out DIR: argparse reports one that cannot be made."""
+    path = Path(text)
+    if file := next((p for p in (path, *path.parents) if p.is_file()), None):
+        raise argparse.ArgumentTypeError(f"{file} is a file; expected a folder")
+    return path
+
+
 def source_options(parser: argparse.ArgumentParser) -> None:
     """The options that name a model, shared with the studies."""
     add = parser.add_argument
@@ -77,6 +85,15 @@ def judge_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--judge-url", metavar="URL", help="its address; without it only cached replies are used"
     )
+    parser.add_argument(
+        "--judge-max-tokens", metavar="N", type=int, default=4096, help="of a reply, thinking included"
+    )
+    parser.add_argument(
+        "--judge-extra",
+        metavar="JSON",
+        default="",
+        help='more of a request\'s body, e.g. {"chat_template_kwargs": {"enable_thinking": false}}',
+    )
 
 
 def _arguments(args: list[str]) -> argparse.Namespace:
@@ -89,7 +106,7 @@ def _arguments(args: list[str]) -> argparse.Namespace:
     task_options(parser)
     judge_options(parser)
     parser.add_argument(
-        "--out", metavar="DIR", type=Path, help="default: RUN/evaluation/TASK, or evaluation/TASK/NAME"
+        "--out", metavar="DIR", type=folder, help="default: RUN/evaluation/TASK, or evaluation/TASK/NAME"
     )
     options = parser.parse_args(args)
     check_source(options, options.predictions)
@@ -121,9 +138,9 @@ def asked(options: argparse.Namespace) -> tuple[Any, list, DecodeOptions, dict[s
     """
     from mmrstraj_jax.evaluation import predict, tasks, traffic
 
-    for name in ("limit", "num"):
+    for name in ("limit", "num", "batch_size", "max_new_tokens"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise UserError(f"--{name} {getattr(options, name)}: expected 1 or more")
+            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: expected 1 or more")
     task = tasks.get(options.task)
     own = getattr(options, "predictions", None)  # the rows of a file bring references along
     if own and options.data is None:
@@ -140,30 +157,49 @@ def asked(options: argparse.Namespace) -> tuple[Any, list, DecodeOptions, dict[s
         raise UserError(
             f"--task {options.task}: no item is left to ask about; --structured and --select need texts"
         )
-    tokens = options.max_new_tokens or task.max_new_tokens
+    tokens = task.max_new_tokens if options.max_new_tokens is None else options.max_new_tokens
     decode = DecodeOptions(max_new_tokens=tokens, temperature=options.temperature, seed=options.seed)
     select = f"{options.select}, at most {options.num}, seed {options.seed}" if options.select else None
-    protocol = {
-        "prompt": task.ask,
-        "limit": options.limit,
-        "select": select,
-        "data": str(options.data or "own"),
-    }
+    protocol = {"limit": options.limit, "select": select, "data": str(options.data or "own")}
     return task, items, decode, protocol
 
 
 def scoring(options: argparse.Namespace, task: Any, out: Path):
     """How the command line wants predictions scored, as pipeline.Scoring."""
-    from mmrstraj_jax.evaluation.judge import Judge
     from mmrstraj_jax.evaluation.pipeline import Scoring
 
     own = getattr(options, "predictions", None) and options.data is None
-    name = getattr(options, "judge", None)
+    judged = getattr(options, "judge", None) is not None
     return Scoring(
         meteor=None if options.meteor == "none" else options.meteor,
-        judge=Judge(name, options.judge_url, out / "judge.jsonl") if name else None,
-        train=task.train(options.data, options.images) if task.train and not own else (),
+        judge=judge(options, out) if judged else None,
+        train=_training(options, task) if task.train and not own else (),
     )
+
+
+def judge(options: argparse.Namespace, out: Path):
+    """The judge of `judge_options`, its cache in `out`. Raises UserError: a bad option or cache."""
+    from mmrstraj_jax.evaluation.judge import Judge
+
+    if options.judge_max_tokens < 1:
+        raise UserError(f"--judge-max-tokens {options.judge_max_tokens}: expected 1 or more")
+    return Judge(
+        options.judge,
+        options.judge_url,
+        out / "judge.jsonl",
+        max_tokens=options.judge_max_tokens,
+        extra=options.judge_extra,
+    )
+
+
+def _training(options: argparse.Namespace, task: Any) -> list:
+    """The training split; none where the file has none: the table then names what stands in for it."""
+    from mmrstraj_jax.evaluation.readers import NoSplit
+
+    try:
+        return task.train(options.data, options.images)
+    except NoSplit:
+        return []
 
 
 def _out(options: argparse.Namespace) -> Path:

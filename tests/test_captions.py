@@ -1,7 +1,7 @@
 """Caption metrics against pycocoevalcap, our tokeniser against Stanford's, and everything that breaks METEOR.
 
-Tests that need Java skip without it; tests/golden/{ptb_tokens,caption_scores}.json hold what Java answered.
-To write those again (pycocoevalcap, Java, 1 minute): `PYTHONPATH=. python tests/test_captions.py`.
+Tests that need Java skip without it; tests/golden/{ptb_tokens,ptb_glued,caption_scores}.json hold what Java
+answered. To write those again (pycocoevalcap, Java, 1 minute): `PYTHONPATH=. python tests/test_captions.py`.
 """
 
 import json
@@ -112,6 +112,35 @@ def test_own_tokenizer_equals_ptb_live():
         if a != ptb.tokenize(t)
     ]
     assert len(wrong) <= 0.005 * len(texts), wrong[:5]
+
+
+def odd(rnd: random.Random) -> str:
+    """Words glued by whatever stands between words: what a caption never is, and a rule must survive."""
+    words = "trees houses two well planned lane road T and roofed 3 10 1,000 U.S. No. etc. c# a@b.com it's B"
+    glue = ["-", ",", "/", ".", ", ", ". ", "--", "_", ";", "!", " ", " ", " "]
+    return "".join(rnd.choice(words.split()) + rnd.choice(glue) for _ in range(rnd.randint(2, 5))) + "end"
+
+
+def test_own_tokenizer_on_words_that_are_glued_together():
+    """97 % of these are equal; of the rules for commas and slashes between words every one is."""
+    recorded = json.loads((GOLDEN / "ptb_glued.json").read_text(encoding="utf-8"))
+    wrong = {text: ptb.tokenize(text) for text, tokens in recorded.items() if ptb.tokenize(text) != tokens}
+    assert len(recorded) >= 1000 and len(wrong) <= 0.03 * len(recorded), wrong
+    tokens = json.loads((GOLDEN / "ptb_tokens.json").read_text(encoding="utf-8"))
+    for text in (
+        "trees,well-planned houses", "houses,two-lane road", "road,T-junction here", "white-roofed,two-lane",
+        "road.and/or path", "a/b/c/d e", "C# code", "rock 'n' roll", "mail a@b.com, then", "mail a@b.com! x",
+        "U.S.-based firm", "cannot-do",
+    ):  # fmt: skip
+        assert ptb.tokenize(text) == tokens[text]
+
+
+@needs_java
+def test_own_tokenizer_on_glued_words_live():
+    rnd = random.Random(time.time_ns())
+    texts = sorted({odd(rnd) for _ in range(2000)})
+    wrong = sum(a != ptb.tokenize(t) for t, a in zip(texts, java.ptb_tokenize(texts), strict=True))
+    assert wrong <= 0.05 * len(texts)
 
 
 def test_tokens_are_one_line_and_lower_case():
@@ -282,7 +311,16 @@ def test_no_java(monkeypatch, tmp_path):
 def test_a_tokenizer_that_loses_lines_is_an_error(tmp_path, monkeypatch):
     fake_java(tmp_path, monkeypatch, "echo one line")
     with pytest.raises(UserError, match="1 lines for 2 captions"):
-        score(*ONE, meteor=None)
+        score(*ONE, meteor=None, tokenizer=java.PTB_NAME)
+
+
+def test_a_broken_java_that_nobody_asked_for_leaves_six_metrics(tmp_path, monkeypatch):
+    fake_java(tmp_path, monkeypatch, "echo 'no such VM' >&2; exit 1")
+    scores = score(*ONE)
+    assert list(scores.metrics) == [name for name in captions.METRICS if name != "meteor15"]
+    assert scores.tokenizer == "ptb-python"
+    assert scores.notes[0] == "tokens are ptb-python's: PTBTokenizer failed: no such VM"
+    assert scores.notes[1].startswith("meteor15 was not computed: ")
 
 
 # ---- baselines ----
@@ -321,6 +359,11 @@ def write_golden() -> None:
     (GOLDEN / "ptb_tokens.json").write_text(
         json.dumps(recorded, ensure_ascii=False, indent=0) + "\n", "utf-8"
     )
+
+    texts = sorted({odd(rnd) for _ in range(1000)})
+    groups = tokens({str(i): [text] for i, text in enumerate(texts)}).values()
+    glued = dict(zip(texts, (group[0] for group in groups), strict=True))
+    (GOLDEN / "ptb_glued.json").write_text(json.dumps(glued, ensure_ascii=False, indent=0) + "\n", "utf-8")
 
     references, predictions = dataset(1000)
     refs = list(tokens(references).values())

@@ -222,30 +222,6 @@ def test_scores_repeat_from_the_predictions_alone(tmp_path):
     assert _scores(tmp_path) == first
 
 
-def test_rsvqa_is_scored_in_bins(tmp_path):
-    def row(i, kind, reference, prediction):
-        return {
-            "id": str(i),
-            "type": kind,
-            "question": "q",
-            "prediction": prediction,
-            "references": [reference],
-        }
-
-    rows = [
-        row(0, "presence", "yes", "Yes."), row(1, "presence", "no", "yes"),
-        row(2, "count", "between 0 and 10", "7"),
-        row(3, "count", "more than 1000", "many"), row(4, "rural_urban", "rural", "Rural"),
-        row(5, "comp", "no", ""),
-    ]  # fmt: skip
-    path = _write(tmp_path / "p.jsonl", rows)
-    evaluate.main(["--predictions", str(path), "--task", "rsvqa-lr"])
-    part = _scores(tmp_path)["questions"]
-    by = {r["type"]: (r["correct"], r["wrong"], r["undecided"]) for r in part["types"]}
-    assert by == {"presence": (1, 1, 0), "count": (1, 0, 1), "rural_urban": (1, 0, 0), "comp": (0, 0, 1)}
-    assert part["non_numeric"]["n"] == 4
-
-
 def test_caption_baselines_come_from_the_training_split(tmp_path):
     images = []
     for n in range(6):
@@ -262,6 +238,10 @@ def test_caption_baselines_come_from_the_training_split(tmp_path):
     assert baselines["nearest"]["metrics"]["rouge_l"] == pytest.approx(1.0)
     assert 0 < baselines["constant"]["metrics"]["rouge_l"] < 1
     assert baselines["constant"]["from"] == "training captions"
+    data.write_text(json.dumps({"images": images[3:]}), encoding="utf-8")  # no training split
+    evaluate.main(["--predictions", str(path), "--task", "ucm", "--data", str(data), *PLAIN])
+    baselines = _scores(path.parent)["captions"]["caption"]["baselines"]
+    assert "hindsight" in baselines["constant"]["from"] and "nearest" not in baselines
 
 
 def test_a_server_answers_and_failed_requests_are_asked_again(rsieval, tmp_path, server):  # noqa: F811
@@ -342,6 +322,13 @@ def test_a_local_model_answers(tmp_path):
         (["--predictions", "p"], "--task"),
         (["compare", "/nowhere", "/nowhere"], "scores.json"),
         (["report"], "--out"),
+        (["--task", "synthcity", "--weights", "w", "--batch-size", "0"], "--batch-size 0: expected 1"),
+        (
+            ["--task", "synthcity", "--weights", "w", "--max-new-tokens", "0"],
+            "--max-new-tokens 0: expected 1",
+        ),
+        (["--task", "synthcity", "--weights", "w", "--out", f"{__file__}/x"], "is a file; expected a folder"),
+        (["report", "x", "--out", __file__], "is a file; expected a folder"),
     ],
 )
 def test_mistakes_are_one_line(args, message):

@@ -11,6 +11,7 @@ import pytest
 from mmrstraj_jax import jsonl
 from mmrstraj_jax.errors import UserError
 from mmrstraj_jax.evaluation import score
+from mmrstraj_jax.evaluation.grids import questions_grid
 from mmrstraj_jax.evaluation.judge import UNPARSED, Judge
 from mmrstraj_jax.evaluation.readers import Item
 from mmrstraj_jax.evaluation.tasks import TASKS
@@ -123,6 +124,7 @@ def test_an_honest_judge_is_heard_cached_and_replayed(server, tmp_path):
         {"behaviour": lambda m: "The code is " + _codes(m)["correct"]},
         {"behaviour": lambda m: json.dumps({"code": _codes(m)["correct"], "score": 10})},
         {"behaviour": lambda m: json.dumps({"code": _codes(m)["cannot tell"]})},
+        {"behaviour": lambda m: "[" * 100_000},
         {"behaviour": lambda m: _code("correct" if m[1]["content"].index("reference") < 40 else "wrong")(m)},
     ],
 )
@@ -162,6 +164,37 @@ def test_a_failure_is_not_cached_and_a_torn_cache_is_mended(server, tmp_path):
     path.write_text('{"verdict": "correct"}\n', encoding="utf-8")
     with pytest.raises(UserError, match="line 1 lacks key"):
         _judge(url, tmp_path)
+
+
+def test_garbage_is_asked_again_and_so_is_garbage_of_an_old_cache(server, tmp_path):
+    url, _ = server(lambda messages: "I think it is right.")
+    assert _judge(url, tmp_path).verdict("q", "harbor", "harbor").value == UNPARSED
+    path = tmp_path / "judge.jsonl"
+    assert not path.exists()
+    url, _ = server(_honest)
+    _judge(url, tmp_path).verdict("q", "harbor", "harbor")
+    rows = jsonl.read(path)
+    path.write_text("".join(jsonl.dump(row | {"reply": "hm"}) for row in rows), encoding="utf-8")
+    assert _judge(None, tmp_path).verdict("q", "harbor", "harbor").value == UNPARSED
+    assert _judge(url, tmp_path).verdict("q", "harbor", "harbor").value == "correct"
+    assert _judge(None, tmp_path).verdict("q", "harbor", "harbor").value == "correct"
+
+
+def test_a_judge_may_think_but_not_be_cut(server, tmp_path):
+    url, requests = server(lambda messages: f"so {{ it }} is</think>\n\n{_honest(messages)}")
+    extra = '{"chat_template_kwargs": {"enable_thinking": true}}'
+    judge = _judge(url, tmp_path, max_tokens=9000, extra=extra)
+    assert judge.verdict("q", "harbor", "harbor").value == "correct"
+    assert requests[0]["max_tokens"] == 9000 and requests[0]["chat_template_kwargs"] == {
+        "enable_thinking": True
+    }
+    assert _judge(None, tmp_path).verdict("q", "harbor", "harbor").why == "not in the cache"  # another judge
+    cut = {"finish_reason": "length", "message": {"content": '{"code": "'}}
+    url, _ = server(None, raw=json.dumps({"choices": [cut]}).encode())
+    assert "cut at 50 tokens" in _judge(url, tmp_path, max_tokens=50).verdict("q", "a", "b").why
+    for wrong in ("[]", "{"):
+        with pytest.raises(UserError, match="--judge-extra .*expected a JSON object"):
+            _judge(url, tmp_path, extra=wrong)
 
 
 def test_preference_needs_both_orders(server, tmp_path):
@@ -223,3 +256,13 @@ def test_a_lying_judge_is_not_believed(server, tmp_path, value):
     assert not judged["questions"]["judge"]["controls"]["believed"]
     assert [r["verdict"] for r in rows] == [r["verdict"] for r in rows_alone]
     assert judged["questions"]["types"] == alone["questions"]["types"]
+
+
+def test_a_judge_that_cannot_be_tried_is_not_asked_and_said_so(server, tmp_path):
+    url, requests = server(_honest)
+    items = [ITEMS[0], *ITEMS[-2:]]
+    scores, rows = score.score(TASKS["rsieval-vqa"], items, ANSWERS, judge=_judge(url, tmp_path))
+    part = scores["questions"]
+    assert part["judge"]["untried"] == "the rules decided no wrong answer to try it on" and not requests
+    assert part["scorer"] == "rules" and part["micro"]["correct"] == 1 and rows[-1]["judge"] is None
+    assert "not tried and not asked, the rules decided no wrong" in questions_grid(scores).text()

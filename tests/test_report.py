@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 from test_evaluate import PLAIN, _write, picture
 
-from mmrstraj_jax import evaluate
+from mmrstraj_jax import evaluate, jsonl
 from mmrstraj_jax.errors import UserError
 from mmrstraj_jax.evaluation import compare, report
 
@@ -85,7 +85,41 @@ def test_a_row_without_a_type_prints_a_dash(results):
     assert len(grid.rows) == 7
 
 
-def test_protocol_is_in_the_scores(results):
+def test_protocol_is_in_the_scores(results, tmp_path):
     scores = json.loads((results[2] / "scores.json").read_text(encoding="utf-8"))
-    assert scores["protocol"]["prompt"] == "Describe this image in detail."
+    protocol = scores["protocol"]
+    assert protocol["prompt"] is None and protocol["decode"] is None  # nobody knows how others asked
+    assert set(protocol["versions"]) == {"mmrstraj_jax", "pycocoevalcap", "evaluation_code"}
+    rows = jsonl.read(results[2] / "predictions.jsonl")
+    for number, row in enumerate(rows):
+        row |= {"prompt": "What is it?", "decode": {"temperature": number}}
+
+    def again(rows):
+        path = _write(tmp_path / "again" / "p.jsonl", rows)
+        evaluate.main(["--predictions", str(path), "--task", "rsieval-caption", *PLAIN])
+        return json.loads((tmp_path / "again" / "scores.json").read_text())["protocol"]
+
+    told = again(rows)
+    assert told["prompt"] == "What is it?" and told["decode"] == "4 different ones, see p.jsonl"
+    assert told["dataset"] == protocol["dataset"]
+    rows[1]["references"] = ["two ships"]
+    assert again(rows)["dataset"] != protocol["dataset"]
     assert scores["captions"]["caption"]["tokenizer"] in ("ptb-python", "ptb-corenlp-3.4.1")
+
+
+def test_descriptions_have_no_row_in_the_papers_caption_table(tmp_path):
+    image, told = picture(tmp_path / "a.png"), ["a road with cars"] * 2
+    folder = _result(tmp_path / "d", "rsieval-caption", told, image, "description", references=told)
+    assert evaluate.main(["report", f"Ours={folder}", "--out", str(tmp_path / "out")]) == 0
+    assert "| Ours (n 0) | - |" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("row", [{"type": "presence", "verdict": "correct"}, {"id": "0", "type": "presence"}])
+def test_a_damaged_result_is_named(results, tmp_path, row):
+    (results[0] / "items.jsonl").write_text(jsonl.dump(row))
+    for command in (["compare", *map(str, results[:2])], ["report", str(results[0]), "--out", str(tmp_path)]):
+        with pytest.raises(UserError, match=r"items.jsonl: line 1: expected id, type and verdict or rouge_l"):
+            evaluate.main(command)
+    (results[0] / "scores.json").write_text("[]")
+    with pytest.raises(UserError, match="names no task of ours"):
+        evaluate.main(["compare", *map(str, results[:2])])

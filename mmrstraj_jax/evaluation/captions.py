@@ -191,13 +191,13 @@ def score(
     `meteor` is "meteor15" (Java), "meteor_nltk" (another metric: METEOR 2005 of the package nltk, near
     ROUGE_L in size) or None. When METEOR cannot run, the rest still comes and `notes` has one line that says
     why. `frequencies` freezes CIDEr-D's idf. `tokenizer` defaults to PTBTokenizer where Java is there, else
-    our own.
+    our own; so too, with a line in `notes`, where Java is there and fails.
 
     Raises UserError: no items, other ids on one side, an item without references, a broken tokeniser.
     """
     ids = list(references)
     _check(references, predictions, meteor)
-    tokenizer = tokenizer or (java.PTB_NAME if java.available() else "ptb-python")
+    wanted = tokenizer or (java.PTB_NAME if java.available() else "ptb-python")
     notes = []
     with ExitStack() as stack:
         process = None
@@ -206,11 +206,15 @@ def score(
                 process = stack.enter_context(java.Meteor())  # loads while the others are computed
             except java.JavaError as error:
                 notes.append(f"meteor15 was not computed: {error}")
-        try:
-            refs = _tokenize_references([references[i] for i in ids], tokenizer)
-            hyps = tokenize([predictions[i] for i in ids], tokenizer)
-        except java.JavaError as error:
-            raise UserError(f"{error}; or score with the tokenizer ptb-python") from None
+        for used in (wanted, "ptb-python"):
+            try:
+                refs = _tokenize_references([references[i] for i in ids], used)
+                hyps = tokenize([predictions[i] for i in ids], used)
+                break
+            except java.JavaError as error:
+                if tokenizer is not None:
+                    raise UserError(f"{error}; or score with the tokenizer ptb-python") from None
+                notes.append(f"tokens are ptb-python's: {error}")
 
         frequencies = frequencies or DocumentFrequencies.of(refs)
         if frequencies.num_images == 1:
@@ -241,7 +245,7 @@ def score(
         references_per_item=(min(counts), float(np.mean(counts)), max(counts)),
         mean_length=float(np.mean([len(hyp.split()) for hyp in hyps])),
         mean_reference_length=float(np.mean([len(ref.split()) for r in refs for ref in r])),
-        tokenizer=tokenizer,
+        tokenizer=used,
         document_frequencies=frequencies.name,
         notes=notes,
     )

@@ -30,7 +30,18 @@ def read_result(folder: Path, name: str | None = None) -> Result:
         scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / 'scores.json'}: {error}; expected a folder that evaluate wrote") from None
-    items = {row["id"]: row for row in jsonl.read(folder / "items.jsonl")}
+    if not isinstance(scores, dict) or scores.get("task") not in TASKS:
+        raise UserError(
+            f"{folder / 'scores.json'}: names no task of ours; expected a folder that evaluate wrote"
+        )
+    path, items = folder / "items.jsonl", {}
+    for number, row in enumerate(jsonl.read(path, log=False), 1):
+        texts = all(isinstance(row.get(key), str) for key in ("id", "type"))
+        if not texts or not ("verdict" in row or isinstance(row.get("rouge_l"), float)):
+            raise UserError(
+                f"{path}: line {number}: expected id, type and verdict or rouge_l; run evaluate again"
+            )
+        items[row["id"]] = row
     path = folder / "predictions.jsonl"
     return Result(name or str(folder), scores, items, predict.load(path) if path.is_file() else {})
 

@@ -84,11 +84,15 @@ def questions_grid(scores: dict[str, Any], name: str = "") -> Grid:
         "commonest "
         "other answer to the same question.",
     ]
+    if "unparsed" in part:
+        notes.append(f"{part['unparsed']} answers could not be read and count as wrong.")
     if "judge" in part:
         judge = part["judge"]
-        control = judge["controls"]
+        control = judge.get("controls")
         notes.append(
-            f"Judge {judge['model']}: agrees with the rules on {control['agreed_with_rules']} of "
+            f"Judge {judge['model']}: not tried and not asked, {judge['untried']}."
+            if control is None
+            else f"Judge {judge['model']}: agrees with the rules on {control['agreed_with_rules']} of "
             f"{control['asked']} "
             "control answers "
             f"({'believed' if control['believed'] else 'not believed: all its replies are unparsed'}); "

@@ -57,7 +57,15 @@ class Judge:
     """Asks `model` at `base_url`; replies are cached in the file `cache`."""
 
     def __init__(
-        self, model: str, base_url: str | None, cache: str | Path, *, timeout: float = 60.0, retries: int = 2
+        self,
+        model: str,
+        base_url: str | None,
+        cache: str | Path,
+        *,
+        timeout: float = 120.0,
+        retries: int = 2,
+        max_tokens: int = 4096,
+        extra: str = "",
     ):
         """
         Args:
@@ -65,11 +73,19 @@ class Judge:
                 from the environment variable OPENAI_API_KEY.
             timeout: seconds for one request.
             retries: further tries after a failed connection or a 5xx.
+            max_tokens: of a reply, thinking included; one that is cut there is a failure.
+            extra: a JSON object that the body of a request gets besides, such as vLLM's chat_template_kwargs.
         Raises:
-            UserError: a damaged cache.
+            UserError: a damaged cache, or an extra that is no JSON object.
         """
         self.model, self.base_url, self.cache = model, base_url, Path(cache)
-        self.timeout, self.retries = timeout, retries
+        self.timeout, self.retries, self.max_tokens = timeout, retries, max_tokens
+        try:
+            self.extra = json.loads(extra or "{}")
+        except ValueError:
+            self.extra = None
+        if not isinstance(self.extra, dict):
+            raise UserError(f"--judge-extra {extra!r:.60}: expected a JSON object")
         self.trusted: bool | None = None  # None: not checked
         self._replies: dict[str, str] = {}
         if self.cache.exists():
@@ -78,7 +94,7 @@ class Judge:
                     raise UserError(
                         f"{self.cache}: line {number} lacks key or reply; expected a judge's cache"
                     )
-                self._replies.setdefault(row["key"], row["reply"])
+                self._replies[row["key"]] = row["reply"]
         self._client: Any = None
 
     def verdict(self, question: str, reference: str, answer: str) -> Reply:
@@ -161,17 +177,24 @@ class Judge:
             {"role": "system", "content": f"{system} Code words: {listing}."},
             {"role": "user", "content": payload},
         ]
-        key = hashlib.sha256(json.dumps([self.model, messages]).encode()).hexdigest()
-        if key not in self._replies:
-            if self.base_url is None:
-                return Reply(UNPARSED, "not in the cache")
-            text = self._request(messages)
-            if isinstance(text, Reply):
-                return text  # a failure is not cached: the next run asks again
+        # extra only where there is one: caches from before it stay good
+        shaped = [self.model, messages, *([self.extra] if self.extra else [])]
+        key = hashlib.sha256(json.dumps(shaped).encode()).hexdigest()
+        if key in self._replies:
+            found = _parse(self._replies[key], codes, quoted)
+            if found.value != UNPARSED or self.base_url is None:
+                return found
+        elif self.base_url is None:
+            return Reply(UNPARSED, "not in the cache")
+        text = self._request(messages)
+        if isinstance(text, Reply):
+            return text
+        found = _parse(text, codes, quoted)
+        if found.value != UNPARSED:  # a failure is not cached: the next run asks again
             self._replies[key] = text
             with jsonl.writer(self.cache) as file:
                 jsonl.append(file, {"key": key, "model": self.model, "messages": messages, "reply": text})
-        return _parse(self._replies[key], codes, quoted)
+        return found
 
     def _request(self, messages: list[dict[str, str]]) -> str | Reply:
         """The text of a completion, or why there is none."""
@@ -186,12 +209,21 @@ class Judge:
             )
         try:
             raw = self._client.chat.completions.with_raw_response.create(
-                model=self.model, messages=messages, temperature=0, max_tokens=256
+                model=self.model,
+                messages=messages,
+                temperature=0,
+                max_tokens=self.max_tokens,
+                extra_body=self.extra,
             )
-            content = json.loads(raw.http_response.text)["choices"][0]["message"]["content"]
+            choice = json.loads(raw.http_response.text)["choices"][0]
+            content = choice["message"]["content"]
+            if choice.get("finish_reason") == "length":
+                return Reply(
+                    UNPARSED, f"the reply was cut at {self.max_tokens} tokens; raise --judge-max-tokens"
+                )
         except openai.OpenAIError as error:
             return Reply(UNPARSED, f"{type(error).__name__}: {str(error)[:200]}")
-        except (ValueError, KeyError, IndexError, TypeError):
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
             return Reply(UNPARSED, "the server's reply is not a chat completion")
         return content if isinstance(content, str) else Reply(UNPARSED, "the completion has no text")
 
@@ -206,7 +238,7 @@ def _parse(text: str, codes: dict[str, str], quoted: str | None) -> Reply:
         body = body[3:-3].removeprefix("json").strip()
     try:
         value = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return Reply(UNPARSED, "the reply is not JSON")
     keys = {"code"} if quoted is None else {"code", "evidence"}
     if (

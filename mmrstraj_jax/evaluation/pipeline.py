@@ -4,12 +4,14 @@ The folder holds predictions.jsonl, items.jsonl and scores.json (docs/evaluation
 """
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mmrstraj_jax import jsonl
+from mmrstraj_jax import __version__, jsonl
 from mmrstraj_jax.errors import UserError
 from mmrstraj_jax.evaluation import predict, score
 from mmrstraj_jax.evaluation.judge import Judge
@@ -75,7 +77,7 @@ def evaluate(
     path = out / "predictions.jsonl"
     if not predict.run(task, items, path, model.ask, model.decode, model.source, place):
         return None
-    protocol = protocol | {"source": model.source, "decode": model.decode}
+    protocol = protocol | {"source": model.source, "prompt": task.ask, "decode": model.decode}
     return score_file(task, items, path, out, scoring, protocol, complete=True)
 
 
@@ -91,6 +93,7 @@ def score_file(
 ) -> dict[str, Any]:
     """Scores predictions.jsonl-like `path` into `out`.
 
+    protocol: without prompt and decode, those are what the rows say, since nobody else knows.
     complete: predictions of other items are an error too. Raises UserError: an item without a prediction.
     """
     rows = predict.load(path)
@@ -104,8 +107,27 @@ def score_file(
     )
     out.mkdir(parents=True, exist_ok=True)
     (out / "items.jsonl").write_text("".join(map(jsonl.dump, per_item)), encoding="utf-8")
-    scores = {"protocol": protocol} | scores
+    told = {key: _common([rows[item.id].get(key) for item in items], path) for key in ("prompt", "decode")}
+    fixed = {"dataset": predict.fingerprint(items), "versions": versions()}
+    scores = {"protocol": told | protocol | fixed} | scores
     temporary = out / "scores.json.tmp"
     temporary.write_text(json.dumps(scores, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     temporary.replace(out / "scores.json")
     return scores
+
+
+def _common(values: Sequence[Any], path: Path) -> Any:
+    """The value that all rows share."""
+    kinds = {json.dumps(value, sort_keys=True) for value in values}
+    return values[0] if len(kinds) == 1 else f"{len(kinds)} different ones, see {path.name}"
+
+
+def versions() -> dict[str, str]:
+    """What computed the numbers: the package, pycocoevalcap, and the very code of this folder."""
+    here = Path(__file__).parent
+    code = b"".join(path.read_bytes() for path in sorted(here.rglob("*.py")))
+    return {
+        "mmrstraj_jax": __version__,
+        "pycocoevalcap": version("pycocoevalcap"),
+        "evaluation_code": hashlib.sha256(code).hexdigest()[:12],
+    }

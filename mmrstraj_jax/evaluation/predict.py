@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -23,10 +24,13 @@ PATIENCE = 1800.0  # seconds that process 0 waits for another process's next ans
 Ask = Callable[[Sequence[Item]], Iterator[tuple[int, str, str]]]
 
 
-def load(path: Path) -> dict[str, dict[str, Any]]:
-    """Rows of a predictions file by id. Raises UserError: keys that lack, or an id that occurs twice."""
+def load(path: Path, *, log: bool = False) -> dict[str, dict[str, Any]]:
+    """Rows of a predictions file by id; log: as jsonl.read has it, a file that `run` may be writing.
+
+    Raises UserError: keys that lack, or an id that occurs twice.
+    """
     rows: dict[str, dict[str, Any]] = {}
-    for number, row in enumerate(jsonl.read(path), 1):
+    for number, row in enumerate(jsonl.read(path, log=log), 1):
         missing = [key for key in ("id", "prediction") if not isinstance(row.get(key), str)]
         if missing:
             raise UserError(f"{path}: line {number} lacks {' and '.join(missing)} as text")
@@ -40,15 +44,36 @@ def load(path: Path) -> dict[str, dict[str, Any]]:
 
 def items_of(rows: dict[str, dict[str, Any]], path: Path) -> list[Item]:
     """The items that a predictions file brings along. Raises UserError naming a row without references."""
+    if not rows:
+        raise UserError(f"{path}: holds no predictions; expected one JSON object a line")
     items = []
     for name, row in rows.items():
-        references, kind = row.get("references"), row.get("type")
-        if not isinstance(references, list) or not references or not isinstance(kind, str):
-            raise UserError(f"{path}: {name} lacks references or type; name the data set with --data")
-        images = row.get("image")
-        images = images if isinstance(images, list) else [images] if images else []
-        items.append(Item(name, tuple(map(Path, images)), row.get("question"), kind, tuple(references)))
+        references, kind, question = (row.get(key) for key in ("references", "type", "question"))
+        images = row.get("image") or []
+        images = images if isinstance(images, list) else [images]
+        for what, good, expected in (
+            ("type", isinstance(kind, str) and kind.strip(), "a text"),
+            ("references", references and _texts(references, blank=False), "a list of texts, none empty"),
+            ("question", question is None or isinstance(question, str), "a text, or none"),
+            ("image", _texts(images), "a path or a list of paths, or none"),
+        ):
+            if not good:
+                raise UserError(
+                    f"{path}: {name}: {what} is {row.get(what)!r:.60}, expected {expected}; correct the row, "
+                    "or name the data set with --data"
+                )
+        items.append(Item(name, tuple(map(Path, images)), question, kind, tuple(references)))
     return items
+
+
+def _texts(values: Any, *, blank: bool = True) -> bool:
+    return isinstance(values, list) and all(isinstance(v, str) and (blank or v.strip()) for v in values)
+
+
+def fingerprint(items: Sequence[Item]) -> str:
+    """SHA-256 of what is asked and what counts as right; images by name, so that a folder may be moved."""
+    rows = [[i.id, i.question, i.type, list(i.references), [p.name for p in i.images]] for i in items]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def check_complete(items: Sequence[Item], rows: dict[str, Any], path: Path) -> None:
@@ -92,15 +117,21 @@ def run(
     settings, or other items; items that are still open at the end.
     """
     own = path if place.count == 1 else _part(path, *place)
+    # as a file holds them, to which they are compared: a tuple comes back as a list
+    decode, source = json.loads(json.dumps([decode, source]))
     with jsonl.writer(own) as file:
         _check_author(path, {"task": task.name, "ask": task.ask} | source)
-        rows, ids = _answered(path), {item.id for item in items}
+        rows, known = _answered(path), {item.id: item for item in items}
         for name, row in rows.items():
-            if name not in ids:
+            if name not in known:
                 raise UserError(f"{path}: holds {name}, which is no item of this run; name another --out")
             if row.get("decode") != decode:
                 raise UserError(
                     f"{path}: {name} was decoded otherwise ({row.get('decode')}); name another --out"
+                )
+            if changed := _changed(row, known[name]):
+                raise UserError(
+                    f"{path}: {name} was answered when its {changed} was another; name another --out"
                 )
         mine = list(items)[place.index :: place.count]
         open_items = [item for item in mine if item.id not in rows]
@@ -114,14 +145,29 @@ def run(
         ) as bar:
             for at, text, prompt in ask(open_items):
                 item = open_items[at]
-                images = [str(p) for p in item.images]
-                values = (item.id, images[0] if len(images) == 1 else images, item.question, item.type, text)
+                values = (item.id, _image(item), item.question, item.type, text)
                 row = dict(zip(KEYS, (*values, list(item.references), prompt, decode), strict=True))
                 jsonl.append(file, row)
                 bar.update()
     if place.index:
         return False
     return _join(items, path, place.count)
+
+
+def _image(item: Item) -> str | list[str]:
+    images = [str(path) for path in item.images]
+    return images[0] if len(images) == 1 else images
+
+
+def _changed(row: dict[str, Any], item: Item) -> str | None:
+    """What of the data differs from the row's; of the image the name, since a folder may be moved."""
+
+    def names(image: str | list[str]) -> list[str]:
+        return [Path(path).name for path in ([image] if isinstance(image, str) else image)]
+
+    now = {"question": item.question, "references": list(item.references), "type": item.type}
+    changed = next((key for key, value in now.items() if row.get(key) != value), None)
+    return changed or (None if names(row.get("image") or []) == names(_image(item)) else "image")
 
 
 def _part(path: Path, index: int, count: int) -> Path:
@@ -137,7 +183,7 @@ def _answered(path: Path) -> dict[str, dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     for found in (*_parts(path), path):
         if found.is_file() and found.stat().st_size:
-            rows |= load(found)
+            rows |= load(found, log=True)
     return rows
 
 

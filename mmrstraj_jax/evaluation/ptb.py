@@ -55,20 +55,25 @@ def _alternatives(words: Iterable[str]) -> str:
 _ALNUM = _LETTER + r"\d"
 _QUOTE = "['’]"
 _END = rf"(?![{_ALNUM}])"
+_HYPHENATED = r"(?:-(?:[A-Za-z](?:\.[A-Za-z])+\.|[A-Za-z\d]++))++"
+_ALONE = rf"(?![_/.!?]?[{_ALNUM}])"
 _WORD = rf"[{_LETTER}][{_ALNUM}]*(?:[.!?][{_LETTER}][{_ALNUM}]*)*"  # "trees.There" is one token of PTB's
 _TOKEN = re.compile(
     "|".join(
         (
             r"https?://[^\s\"<>()]*[^\s\"<>().,;:!?]",
             r"</?[A-Za-z!?][^\s<>=\"]*(?:\ +[A-Za-z]+)*\ ?/?>",
-            rf"[{_ALNUM}][{_ALNUM}._-]*@[{_ALNUM}._-]*[{_ALNUM}]",
-            r"\#[A-Za-z]+|@[A-Za-z_]\w*",
+            r"[A-Za-z\d][^\s\"<>(){}|@]*+@[^\s\"<>(){}|]*[^\s\"<>(){}|.]",
+            r"[CcFf]\#|\#[A-Za-z]+|@[A-Za-z_]\w*",
+            # full stops and commas before a hyphen belong to the word: "trees,well-planned" is one
+            rf"[A-Za-z\d]++(?:[.,][A-Za-z\d.,]*+{_HYPHENATED}{_END}|{_HYPHENATED}(?![{_ALNUM}_/]))",
             # words that PTB cuts in two: the rest is the next token
-            rf"(?i:can(?=not{_END})|gon(?=na{_END})|wan(?=na{_END})|got(?=ta{_END})|lem(?=me{_END})|gim(?=me{_END}))",
+            rf"(?i:can(?=not{_ALONE})|gon(?=na{_ALONE})|wan(?=na{_ALONE})|got(?=ta{_ALONE})|lem(?=me{_ALONE})|gim(?=me{_ALONE}))",
+            rf"{_QUOTE}[nN]{_QUOTE}",
             rf"(?i:{_QUOTE}t(?=is{_END}|was{_END})|more(?={_QUOTE}n{_END})|{_QUOTE}n{_END}|d{_QUOTE}ye{_END}|y{_QUOTE}(?=all))",
             rf"[{_LETTER}]+(?=[nN]['’`][tT])|[nN]['’`][tT][{_LETTER}]*",
             # apostrophes that belong to a word
-            rf"(?i:’s|{_QUOTE}(?:s|m|d|re|ve|ll){_END})|{_QUOTE}[nN]{_QUOTE}|{_QUOTE}\d\ds{_END}",
+            rf"(?i:’s|{_QUOTE}(?:s|m|d|re|ve|ll){_END})|{_QUOTE}\d\ds{_END}",
             rf"(?i:{_QUOTE}(?:em|cause|till?){_END}|nat{_QUOTE}l|ma{_QUOTE}am|ne{_QUOTE}er|ol{_QUOTE})",
             rf"[dDoOlL]{_QUOTE}[{_LETTER}]{{2,}}|[cC]{_QUOTE}mon",
             # full stops that belong to a word
@@ -79,7 +84,9 @@ _TOKEN = re.compile(
             rf"{_WORD}\.(?=[,;:])",
             rf"[{_ALNUM}]+\.(?i:png|jpe?g|gif|bmp|pdf|txt|xml|html?){_END}",
             r"[A-Z]+&[A-Z]+|[A-Z]\+[A-Z+]",
-            rf"(?:{_WORD}|[{_ALNUM}]+)(?:[-‐‑_/][{_ALNUM}]+)+",
+            rf"\d+-\d+/\d+{_END}",
+            r"[A-Za-z\d]+(?:-[A-Za-z]+){0,2}(?:/[A-Za-z\d]+(?:-[A-Za-z]+){0,2}){1,2}",
+            rf"[{_ALNUM}]+(?:[-‐‑_][{_ALNUM}]+)+",
             rf"{_WORD}",
             r"\d+ \d+/\d+(?!\d)",
             r"[-+]?\d*(?:[.,:]\d+)+",

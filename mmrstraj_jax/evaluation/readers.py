@@ -185,9 +185,13 @@ def rsicap(path: str | Path, images: str | Path | None = None) -> list[Item]:
 # ---- UCM, Sydney, RSICD, RSITMD, NWPU ----
 
 
+class NoSplit(UserError):
+    """A file without a single image of the split."""
+
+
 def _split_of(items: Mapping[str, list[Item]], split: str, file: Path) -> list[Item]:
     if split not in items:
-        raise UserError(f"{file}: no images of split {split!r}; it has {', '.join(sorted(items)) or 'none'}")
+        raise NoSplit(f"{file}: no images of split {split!r}; it has {', '.join(sorted(items)) or 'none'}")
     return _unique(items[split], file)
 
 

@@ -40,7 +40,10 @@ def beside_paper(results: Sequence[Result], task: str) -> Grid | None:
             )
         else:
             for source, name in ((None, result.name), ("constant", "constant caption")):
-                part = result.scores["captions"]["caption"]
+                part = result.scores["captions"].get("caption")
+                if part is None:  # descriptions alone, of which the paper's table says nothing
+                    rows.append([f"{name} (n 0)", *("-" for _ in table.columns)])
+                    continue
                 metrics = (part["baselines"][source] if source else part)["metrics"]
                 cells = [metrics.get(_PUBLISHED_METRIC.get(column, column)) for column in table.columns]
                 rows.append([f"{name} (n {part['n']})", *(percent(v, 2) for v in cells)])
@@ -90,7 +93,8 @@ def panels(results: Sequence[Result]) -> str:
     by_image: dict[str, list[str]] = {}
     for name, row in first.items():
         image = row.get("image")
-        by_image.setdefault(image if isinstance(image, str) else str((image or [""])[0]), []).append(name)
+        image = image[0] if isinstance(image, list) and image else image
+        by_image.setdefault(image if isinstance(image, str) else "", []).append(name)
     parts = []
     images = [path for path in by_image if path and Path(path).is_file()]
     for path in images[:: max(1, len(images) // PANELS)][:PANELS]:
@@ -102,8 +106,8 @@ def panels(results: Sequence[Result]) -> str:
                 answer = result.predictions.get(name, {}).get("prediction", "(no answer)")
                 mark = _MARKS.get(result.items.get(name, {}).get("verdict", ""), "")
                 said.append(f"<li>{mark} <b>{html.escape(result.name)}</b>: {html.escape(answer)}</li>")
-            reference = " / ".join(row.get("references", []))
-            asked = f"<i>{html.escape(row.get('question') or row['type'])}</i>"
+            reference = " / ".join(map(str, row.get("references") or []))
+            asked = f"<i>{html.escape(row.get('question') or row.get('type') or '')}</i>"
             lines.append(
                 f"<p>{asked} <small>reference: {html.escape(reference)}</small></p><ul>{''.join(said)}</ul>"
             )

@@ -34,6 +34,10 @@ def _texts(result: Result) -> list[dict[str, Any]]:
     rows = [row for row in result.predictions.values() if row.get("type") in TEXTS]
     if not rows:
         raise UserError(f"{result.name}: holds no descriptions to grade")
+    if bare := next((row["id"] for row in rows if not row.get("references")), None):
+        raise UserError(
+            f"{result.name}: {bare} has no references in predictions.jsonl, expected what is true"
+        )
     return rows
 
 
@@ -97,7 +101,7 @@ def write_sheet(results: Sequence[Result], path: Path, seed: int = 0) -> Path:
         sheet.writerow(["entry", "image", "truth", "description", *CRITERIA])
         for number, (name, row) in enumerate(entries, 1):
             key[str(number)] = {"model": name, "id": row["id"]}
-            sheet.writerow([number, row["image"], _truth(row), row["prediction"], *[""] * len(CRITERIA)])
+            sheet.writerow([number, row.get("image"), _truth(row), row["prediction"], *[""] * len(CRITERIA)])
     path.with_suffix(".key.json").write_text(json.dumps(key, indent=1) + "\n", encoding="utf-8")
     return path
 

@@ -126,12 +126,14 @@ def _features(items: Sequence[Item]) -> np.ndarray:
 def _questions(task, items, predictions, judge) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     exact = task.scorer.startswith("rsvqa")
     same = {item.id: _same(task, item) for item in items}
-    closed: dict[str, set[str]] = {}
-    for item in items:
-        closed.setdefault(item.type, set()).add(vqa.plain(item.references[0]))
+    known = frozenset(map(vqa.plain, task.closed))
 
     def verdicts(answers: Mapping[str, str]) -> dict[str, vqa.Verdict]:
-        return {item.id: _verdict(task, item, answers[item.id], closed) for item in items}
+        if exact:
+            return {item.id: _exact(task, item, same[item.id], answers[item.id]) for item in items}
+        return {
+            i.id: vqa.judge(i.type, i.question or "", i.references[0], answers[i.id], known) for i in items
+        }
 
     by_rule = verdicts(predictions)
     final = {name: verdict.value for name, verdict in by_rule.items()}
@@ -141,8 +143,8 @@ def _questions(task, items, predictions, judge) -> tuple[dict[str, Any], list[di
     ]
     result: dict[str, Any] = {"scorer": "exact match in Lobry's bins" if exact else "rules"}
     if judge is not None and not exact:
-        result["scorer"] = "rules, then judge"
         result["judge"] = _ask_judge(judge, items, predictions, by_rule, final, rows)
+        result["scorer"] = "rules" if "untried" in result["judge"] else "rules, then judge"
     majority, blind = (
         {name: v.value for name, v in verdicts(answers).items()}
         for answers in (stats.majority_answers(items, same), stats.blind_answers(items, same))
@@ -156,6 +158,7 @@ def _questions(task, items, predictions, judge) -> tuple[dict[str, Any], list[di
         "rules": dict(Counter(f"{v.rule}: {v.value}" for v in by_rule.values()).most_common()),
     }
     if exact:
+        result["unparsed"] = sum(v.rule == "unparsed" for v in by_rule.values())
         part = [i for i in items if not i.meta.get("numeric", i.type in ("count", "area"))]
         result["non_numeric"] = dataclasses.asdict(
             stats.row("non-numeric (micro)", [final[i.id] for i in part], [majority[i.id] for i in part],
@@ -165,17 +168,27 @@ def _questions(task, items, predictions, judge) -> tuple[dict[str, Any], list[di
 
 
 def _same(task: Task, item: Item) -> str:
-    return item.references[0] if task.scorer.startswith("rsvqa") else vqa.plain(item.references[0])
+    """What makes two references equal; in RSVQA the bin, which a predictions file need not hold.
+
+    Raises UserError: a reference without a bin.
+    """
+    if not task.scorer.startswith("rsvqa"):
+        return vqa.plain(item.references[0])
+    found = readers.rsvqa_bin(item.references[0], item.type, task.scorer.removeprefix("rsvqa-"))
+    if not found:
+        raise UserError(
+            f"{item.id}: reference {item.references[0]!r} of type {item.type!r}: expected a number or a bin "
+            f"of {task.title}; correct the row"
+        )
+    return found
 
 
-def _verdict(task: Task, item: Item, answer: str, closed: Mapping[str, set[str]]) -> vqa.Verdict:
-    if task.scorer.startswith("rsvqa"):
-        variant = task.scorer.removeprefix("rsvqa-")
-        read = readers.rsvqa_bin(answer, item.type, variant)
-        if not read:  # empty, or no number where one is asked for
-            return vqa.Verdict("undecided", "unparsed")
-        return vqa.Verdict("correct" if read == item.references[0] else "wrong", "exact")
-    return vqa.judge(item.type, item.question or "", item.references[0], answer, closed[item.type])
+def _exact(task: Task, item: Item, reference: str, answer: str) -> vqa.Verdict:
+    """Lobry's exact match: what cannot be read is no match, and stays in the denominator."""
+    read = readers.rsvqa_bin(answer, item.type, task.scorer.removeprefix("rsvqa-"))
+    if not read:  # empty, or no number where one is asked for
+        return vqa.Verdict("wrong", "unparsed")
+    return vqa.Verdict("correct" if read == reference else "wrong", "exact")
 
 
 def _ask_judge(judge, items, predictions, by_rule, final, rows) -> dict[str, Any]:
@@ -186,10 +199,10 @@ def _ask_judge(judge, items, predictions, by_rule, final, rows) -> dict[str, Any
     for value, group in decided.items():
         for item in draw.sample(group, min(CONTROLS // 2, len(group))):
             controls.append((item.question or "", item.references[0], predictions[item.id], value))
-    if len({value for *_, value in controls}) < 2:
-        raise UserError(
-            "the judge cannot be tried: the rules decided no correct or no wrong answer; leave it out"
-        )
+    about = {"model": judge.model, "cache": str(Path(judge.cache).name)}
+    if lacking := [value for value, group in decided.items() if not group]:
+        why = f"the rules decided no {' and no '.join(lacking)} answer to try it on"
+        return about | {"untried": why, "asked": 0, "replies": {}}
     agreed, asked = judge.check(controls)
     count: Counter = Counter()
     for item, row in zip(items, rows, strict=True):
@@ -202,9 +215,7 @@ def _ask_judge(judge, items, predictions, by_rule, final, rows) -> dict[str, Any
             final[item.id] = row["verdict"] = reply.value
         else:
             row["judge_why"] = reply.why
-    return {
-        "model": judge.model,
-        "cache": str(Path(judge.cache).name),
+    return about | {
         "controls": {"agreed_with_rules": agreed, "asked": asked, "believed": bool(judge.trusted)},
         "asked": sum(count.values()),
         "replies": dict(count),

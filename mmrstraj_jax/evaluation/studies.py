@@ -26,7 +26,7 @@ def _pair(name: str, args: list[str], *, judged: bool = False):
     if judged:
         command.judge_options(parser)
         parser.add_argument(
-            "--out", metavar="DIR", type=Path, required=True, help="the replies and the table"
+            "--out", metavar="DIR", type=command.folder, required=True, help="the replies and the table"
         )
     options = parser.parse_args(args)
     return options, comparing.read_result(options.a), comparing.read_result(options.b)
@@ -52,7 +52,7 @@ def _named(texts: Sequence[str]) -> list[comparing.Result]:
 def report(args: list[str]) -> int:
     parser = _parser("report")
     parser.add_argument("results", metavar="[NAME=]DIR", nargs="+", help="folders that evaluate wrote")
-    parser.add_argument("--out", metavar="DIR", type=Path, required=True)
+    parser.add_argument("--out", metavar="DIR", type=command.folder, required=True)
     options = parser.parse_args(args)
     print(pages.write(_named(options.results), options.out))
     return 0
@@ -62,11 +62,9 @@ def report(args: list[str]) -> int:
 
 
 def _judge(options):
-    from mmrstraj_jax.evaluation.judge import Judge
-
     if options.judge is None:
         raise UserError("--judge NAME: which model judges?")
-    return Judge(options.judge, options.judge_url, options.out / "judge.jsonl")
+    return command.judge(options, options.out)
 
 
 def _write_judged(out: Path, name: str, grid: Grid, rows: list[dict]) -> None:
@@ -90,7 +88,9 @@ def rubric(args: list[str]) -> int:
     parser = _parser("rubric")
     parser.add_argument("results", metavar="[NAME=]DIR", nargs="*", help="folders that evaluate wrote")
     command.judge_options(parser)
-    parser.add_argument("--out", metavar="DIR", type=Path, help="with --judge: the replies and the table")
+    parser.add_argument(
+        "--out", metavar="DIR", type=command.folder, help="with --judge: the replies and the table"
+    )
     parser.add_argument("--sheet", metavar="FILE", type=Path, help="write a CSV for people, names hidden")
     parser.add_argument("--filled", metavar="FILE", type=Path, help="read such a sheet, filled in")
     options = parser.parse_args(args)
@@ -118,7 +118,7 @@ def corruption(args: list[str]) -> int:
     parser = _parser("corruption")
     command.source_options(parser)
     command.task_options(parser)
-    parser.add_argument("--out", metavar="DIR", type=Path, required=True)
+    parser.add_argument("--out", metavar="DIR", type=command.folder, required=True)
     parser.add_argument("--kinds", nargs="+", choices=corrupting.KINDS, default=list(corrupting.KINDS))
     parser.add_argument(
         "--severities", nargs="+", type=int, choices=corrupting.SEVERITIES, default=corrupting.SEVERITIES
@@ -159,7 +159,7 @@ def suite(args: list[str]) -> int:
     """Base and stages in order, each task's folder under out/<task>/<name>, then the page."""
     parser = _parser("suite")
     parser.add_argument("--run", metavar="DIR", type=Path, required=True, help="the last stage")
-    parser.add_argument("--out", metavar="DIR", type=Path, required=True)
+    parser.add_argument("--out", metavar="DIR", type=command.folder, required=True)
     parser.add_argument("--tasks", nargs="+", default=list(SUITE), choices=SUITE)
     parser.add_argument(
         "--limit", type=int, default=400, help="items of each task, evenly drawn (default 400)"
@@ -192,7 +192,7 @@ def ablation(args: list[str]) -> int:
     parser.add_argument("--feature-layer", nargs="*", type=int, default=[], help="e.g. -1 -2")
     parser.add_argument("--lora", nargs="*", default=[], choices=("vision_tower", "projector"), help="alone")
     parser.add_argument("--limit", type=int)
-    parser.add_argument("--out", metavar="DIR", type=Path, required=True)
+    parser.add_argument("--out", metavar="DIR", type=command.folder, required=True)
     parser.add_argument(
         "--train", nargs="...", default=[], help="last: more options of train, e.g. --steps 50"
     )
@@ -207,7 +207,7 @@ def ablation(args: list[str]) -> int:
         run = options.out / "runs" / name.replace(" ", "-")
         _run("train", "--config", options.config, "--run-dir", str(run), *changes, *options.train)
         more = ["--data", options.data] if options.data else []
-        more += ["--limit", str(options.limit)] if options.limit else []
+        more += ["--limit", str(options.limit)] if options.limit is not None else []
         _run("evaluate", "--run", str(run), "--task", options.task, "--out", str(run / "evaluation"), *more)
         results.append(comparing.read_result(run / "evaluation", name))
     rows = []

@@ -27,6 +27,7 @@ class Task:
     scorer: str  # "meaning": captions and the VQA rules; "rsvqa-lr", "rsvqa-hr": exact match in Lobry's bins
     ask: str = "{question}"  # the prompt; {question} is the item's
     max_new_tokens: int = 256
+    closed: frozenset[str] = frozenset()  # all answers there are: any other than the reference is wrong
     structured: bool = False  # answers are JSON lists of semantic units (evaluation.traffic)
 
     def prompt(self, item: Item) -> str:
@@ -162,11 +163,35 @@ def _bench(data: Path | None, images: Path | None) -> list[Item]:
     return items
 
 
+# fixed, and not what the evaluated items happen to have: a verdict must not depend on --limit
+_CLOSED = frozenset(
+    "yes|no|light|moderate|heavy|sparse|medium|dense|motorway|arterial|collector|local|peak hour|"
+    "quiet hour|residential|industrial|commercial|apartments|park|farmland|harbor|airport|sports field|"
+    "urban|rural|river|grass|roads|water|buildings|trees|color|panchromatic|north-south|east-west|diagonal|"
+    "crossroads|T-junction|roundabout|dead end|overpass|interchange|above|below|"
+    "white|red|gray|blue|black|brown|yellow|"
+    "top left|top|top right|left|center|right|bottom left|bottom|bottom right".split("|")
+) | {str(n) for n in range(24)}
 TASKS = {
     task.name: task
     for task in (
-        Task("synthcity", "SynthCity, held-out cities", _synthcity, _synthcity_train, "meaning"),
-        Task("synthtraffic-bench", "SynthTraffic-Bench", _bench, None, "meaning", max_new_tokens=16),
+        Task(
+            "synthcity",
+            "SynthCity, held-out cities",
+            _synthcity,
+            _synthcity_train,
+            "meaning",
+            closed=_CLOSED,
+        ),
+        Task(
+            "synthtraffic-bench",
+            "SynthTraffic-Bench",
+            _bench,
+            None,
+            "meaning",
+            max_new_tokens=16,
+            closed=_CLOSED,
+        ),
         Task(
             "traffic-semantics",
             "Traffic semantics",
@@ -200,8 +225,13 @@ TASKS = {
         ),
         Task("nwpu", "NWPU-Captions", _nwpu("test"), _nwpu("train"), "meaning", ONE_SENTENCE, 64),
         Task("rsvqa-lr", "RSVQA, low resolution", _rsvqa("lr"), None, "rsvqa-lr", "{question}\n" + SHORT, 16),
-        Task("rsvqa-hr", "RSVQA, high resolution", _rsvqa("hr"), None, "rsvqa-hr",
-             "{question}\n" + SHORT, 16),
+        *(
+            Task(name, title, _rsvqa("hr", split), None, "rsvqa-hr", "{question}\n" + SHORT, 16)
+            for name, title, split in (
+                ("rsvqa-hr", "RSVQA, high resolution", "test"),
+                ("rsvqa-hr-phili", "RSVQA, high resolution, Philadelphia", "test_phili"),
+            )
+        ),
         Task(
             "levir-cc",
             "LEVIR-CC, changes between two images",

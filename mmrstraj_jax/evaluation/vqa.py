@@ -5,7 +5,6 @@ have errors. Undecided means that the rules do not know; a judge may be asked (e
 counts it as right or wrong. How answers are labelled is in docs/evaluation.md, and so is the confusion table.
 """
 
-import re
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ from mmrstraj_jax.evaluation.rules.text import (
     content,
     normalise,
     refuses,
+    same_word,
     stem,
     words_of,
 )
@@ -22,6 +22,7 @@ from mmrstraj_jax.evaluation.rules.text import (
 VERDICTS = ("correct", "wrong", "undecided")
 
 
+_SHARE = frozenset("each per every".split())
 _HEDGE = frozenset("could might may possibly perhaps maybe either".split())
 
 
@@ -60,7 +61,10 @@ def _number(case: _Case) -> tuple[str | None] | None:
     answer = numbers.read(case.said, subject)
     if answer is None and any(polarity.explicit(words) is False for words in case.said):
         answer = numbers.Amount(0, 0)
-    return (numbers.judge(reference, answer) if answer else None,)
+    whole = [words for words in case.said if not _SHARE & set(words)]
+    if answer is None or (len(whole) < len(case.said) and numbers.read(whole, subject) is None):
+        return (None,)  # "2 lanes in each direction" may be four
+    return (numbers.judge(reference, answer),)
 
 
 def _comparison(case: _Case) -> tuple[str | None] | None:
@@ -114,8 +118,25 @@ def _polarity(case: _Case) -> tuple[str | None] | None:
     reference = polarity.read(case.asked, case.question)
     if reference is None:
         return None
-    answer = polarity.read(case.said, case.question)
+    answer = _bounded(case)
+    if answer is None:
+        answer = polarity.read(case.said, case.question)
     return (None if answer is None else "correct" if answer == reference else "wrong",)
+
+
+def _bounded(case: _Case) -> bool | None:
+    """Whether the amount that is stated is the one asked about: "15 cars" of "more than 10 cars?"."""
+    asked = [m for m in numbers.mentions([case.words]) if not (m.amount.exact or m.amount.vague)]
+    if len(asked) != 1 or any(_SHARE & set(w) or polarity.explicit(w) is not None for w in case.said):
+        return None
+    subject = content(case.words[asked[0].end :])[:1]
+    things = [w for words in case.said for w in content(words) if not w.isdigit()]
+    if things and not any(same_word(w, s) for w in things for s in subject):
+        return None  # "12 trucks"
+    found = numbers.read(case.said, subject)
+    if found is None or not found.exact:
+        return None
+    return asked[0].amount.low <= found.low <= asked[0].amount.high
 
 
 def _color(case: _Case) -> tuple[str | None] | None:
@@ -131,8 +152,11 @@ def _color(case: _Case) -> tuple[str | None] | None:
     if not answer:
         return (None,)
     found = choices.judge_colors(reference[0], *answer)
-    if found == "wrong" and re.search(r"ish\b", normalise(case.prediction)) and reference[0] < answer[0]:
-        return (None,)  # "reddish brown" for brown
+    if found == "wrong":
+        last = choices.read_colors(choices.last_of_run(case.said), subject)
+        named = {w for words in case.said for w in words} & reference[0] & choices.SHADES
+        if named or (last and choices.judge_colors(reference[0], *last) == "correct"):
+            return (None,)  # "navy blue" for navy, "reddish brown" for brown
     return (found,)
 
 
@@ -234,4 +258,6 @@ def _unknowable(case: _Case) -> Verdict:
 
 def plain(text: str) -> str:
     """An answer without case, end marks, articles and number: what makes two short answers equal."""
-    return " ".join(stem(w) for w in words_of(text) if w not in ("a", "an", "the"))
+    words = words_of(text)
+    # "A" may be the answer itself
+    return " ".join(stem(w) for w in words if w not in ("a", "an", "the")) or " ".join(words)

@@ -70,6 +70,7 @@ def _find_any(words: list[str], option: list[str]) -> tuple[int, int] | None:
 
 # ---- colours ----
 
+SHADES = frozenset("silver gold golden cream teal navy beige tan khaki maroon turquoise cyan".split())
 _COLOR_SKIP = frozenset("and or with light dark bright deep pale in color colored".split()) | COLORS
 
 
@@ -78,6 +79,9 @@ def read_colors(clauses: list[list[str]], subject: list[str]) -> tuple[set[str],
     said: list[tuple[str, str, bool]] = []  # colour, what has it, denied
     alternatives = False
     for words in clauses:
+        # "navy blue" is a blue; "white gray" may be both
+        following = zip(words, [*words[1:], ""], strict=True)
+        words = [w for w, after in following if not (w in SHADES and after in COLORS)]
         colors = [i for i, w in enumerate(words) if w in COLORS]
         alternatives |= "or" in words and len(colors) > 1
         for i in colors:
@@ -93,6 +97,14 @@ def read_colors(clauses: list[list[str]], subject: list[str]) -> tuple[set[str],
         said = mine or said
     has = {color for color, _, denied in said if not denied}
     return has, {color for color, _, denied in said if denied}, alternatives
+
+
+def last_of_run(clauses: list[list[str]]) -> list[list[str]]:
+    """The clauses with the last colour of each run of them: "yellow green" is a green."""
+    return [
+        [w for w, after in zip(words, [*words[1:], ""], strict=True) if not {w, after} <= COLORS]
+        for words in clauses
+    ]
 
 
 def judge_colors(reference: set[str], has: set[str], denied: set[str], alternatives: bool) -> str | None:

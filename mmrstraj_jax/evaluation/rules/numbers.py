@@ -29,6 +29,7 @@ _MANY = frozenset(
     "many lot lots plenty numerous countless dozens hundreds thousands multitude abundant".split()
 )
 _FEW = frozenset("few several some couple handful".split())
+_ORDINAL = frozenset("st nd rd th".split())
 _MORE = (("more", "than"), ("over",), ("above",), ("at", "least"), ("exceeding",), ("beyond",))
 _LESS = (("less", "than"), ("fewer", "than"), ("smaller", "than"), ("under",), ("below",), ("at", "most"))
 _LESS += (("up", "to"),)
@@ -117,8 +118,10 @@ def mentions(clauses: list[list[str]]) -> list[_Mention]:
                 continue
             value, i = spelt
             low = high = value
-            if start and words[start - 1] == "not":
-                continue  # "6, not 5"
+            if start and words[start - 1] in ("not", "minus"):
+                continue  # "6, not 5"; "-7" counts nothing
+            if words[start][0].isdigit() and words[i : i + 1] and words[i] in _ORDINAL:
+                continue  # "the 7th"
             if i + 1 < len(words) and words[i] in ("to", "and") and _between(words, start, words[i]):
                 upper = _spelt(words, i + 1)
                 if upper and upper[0] > value:

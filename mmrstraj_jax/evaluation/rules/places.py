@@ -211,12 +211,18 @@ _AXES = {
     frozenset([("top", "left"), ("bottom", "right")]): "\\",
     frozenset([("top", "right"), ("bottom", "left")]): "/",
 }  # fmt: skip
+_COMPASS = {"n": "north", "s": "south", "e": "east", "w": "west"}
 _GOES = frozenset("run runs running goes go going heads heading leads leading extends extending".split())
 
 
 def read_axes(text: str) -> set[str] | None:
     """The directions a road is said to have: "NS", "EW", the diagonals "/" and "\\", or "diagonal"."""
     axes: set[str] = set()
+    text = re.sub(
+        r"(?i)\b([nsew])\s?[-–/]\s?([nsew])\b",
+        lambda m: f"{_COMPASS[m[1].lower()]}-{_COMPASS[m[2].lower()]}",
+        text,
+    )
     for words in _drop(answer_clauses(re.sub(r"(?<=[a-z]),? (?=to the )", " ", text))):
         denied = [i for i, w in enumerate(words) if w in NEGATORS]
         words = words[: denied[0]] if denied else words

@@ -5,6 +5,7 @@ import re
 from mmrstraj_jax.evaluation.rules.lexicon import COVERS, OPPOSITES, group_of
 from mmrstraj_jax.evaluation.rules.text import (
     NEGATORS,
+    PREPOSITIONS,
     canonical,
     content,
     find,
@@ -42,9 +43,10 @@ _EXISTS = re.compile(
     r"|we|i|one) "
     r"(?:see|find|spot) (?P<c>.+)|(?:is|are) (?P<d>.+?) (?:visible|present|shown|seen)\b.*)$"
 )
-_END = frozenset(
-    "in on at near around along beside within from inside under by that which visible next between".split()
-)
+# what ends the name of the thing asked for: "a bridge | over the river", "a road | leading to it"
+_END = PREPOSITIONS | frozenset("to for that which who where visible next close when if".split())
+_DOING = frozenset("surrounding surrounded connecting connected leading located going going having".split())
+_ARTICLES = frozenset("a an any some the many of this more".split())
 _QUESTION = re.compile(r"^(?:is|are|does|do|did|can|could|was|were|has|have|will|would|should)\b")
 
 
@@ -83,11 +85,17 @@ def existence_subject(question: str) -> list[str] | None:
     if not match:
         return None
     words = next(g for g in match.groups() if g).split()
-    end = next((i for i, w in enumerate(words) if w in _END), len(words))
-    subject = [
-        w for w in words[:end] if w not in ("a", "an", "any", "some", "the", "many", "of", "this", "more")
-    ]
+    end = next((i for i in range(len(words)) if _ends(words, i)), len(words))
+    subject = [w for w in words[:end] if w not in _ARTICLES]
     return [stem(canonical(w)) for w in subject] or None
+
+
+def _ends(words: list[str], i: int) -> bool:
+    """A participle ends the name only behind it: "surrounding trees", "a railway crossing" are things."""
+    if words[i] in _END:
+        return True
+    object_follows = words[i].endswith("ing") and words[i + 1 : i + 2] and words[i + 1] in _DETERMINERS
+    return bool(set(words[:i]) - _ARTICLES) and (words[i] in _DOING or object_follows)
 
 
 def _mentions(clause: list[str], subject: list[str]) -> tuple[int, int, bool] | None:
@@ -195,6 +203,8 @@ def _claim(clauses: list[list[str]], asked: list[str]) -> set[bool]:
 
 def read(clauses: list[list[str]], question: str) -> bool | None:
     """The answer to a yes/no question; None where none is given, or both."""
+    if clauses in ([["y"]], [["n"]]):  # anywhere else "n" is north
+        return clauses == [["y"]]
     said = {e for words in clauses if (e := explicit(words)) is not None}
     if [w for w in clauses if "yes" in w and "no" in w]:
         return None
@@ -207,6 +217,8 @@ def read(clauses: list[list[str]], question: str) -> bool | None:
             subject,
             {*asked, *(["many"] if "many" in words_of(question) else [])},
         )
+        if not said and implied == {True} and not _meets_condition(rest, words_of(question)):
+            return None
     else:
         many = ["many"] if "many" in words_of(question) else []
         implied = _claim(
@@ -218,6 +230,14 @@ def read(clauses: list[list[str]], question: str) -> bool | None:
             return None
         return answer
     return implied.pop() if not said and len(implied) == 1 else None
+
+
+def _meets_condition(clauses: list[list[str]], question: list[str]) -> bool:
+    """ "There is a building" says nothing of "a building with a red roof"."""
+    at = next((i for i, w in enumerate(question) if w in ("with", "having", "that", "which", "who")), None)
+    condition = set(content(question[at:])) if at else set()
+    told = [words for words in clauses if condition & set(content(words))]
+    return not condition or bool(told) and not any(NEGATORS & set(words) for words in told)
 
 
 def _without_yes(words: list[str]) -> list[str]:

@@ -18,10 +18,13 @@ _ABSENT = frozenset("absent missing lacking nowhere none".split())
 _DENIED_VERB = frozenset(
     "is are was were do does did has have had can could will be visible present seen".split()
 )
-# a negation reaches to the end of its noun phrase: "no cars on the roundabout" leaves the roundabout alone
-_PREPOSITIONS = frozenset(
-    "in on at near around along with next beside behind by from under over only".split()
+PREPOSITIONS = frozenset(
+    "in on at near around along alongside with without beside behind by from under underneath beneath over "
+    "above below across through throughout between among amongst against inside outside within into onto "
+    "upon toward towards".split()
 )
+# a negation reaches to the end of its noun phrase: "no cars on the roundabout" leaves the roundabout alone
+_PROTECTS = PREPOSITIONS | {"next", "only"}
 
 _CONTRACTIONS = (
     (r"\bcan(?:no|')t\b|\bcannot\b", "can not"),
@@ -40,12 +43,14 @@ _CONTRACTIONS = (
 )  # fmt: skip
 # Said to the judge, not about the image. The rest of the answer still counts.
 _INSTRUCTION = re.compile(
-    r"\b(instructions?|full (?:marks?|points|credit)|scores?|grad(?:er|ing)|judge|award|prompt|\d+ points"
-    r"|disregard"
-    r"|system(?= ?(?:[:\]]|prompt|message|override|note|$))"
-    r"|mark (?:it|this|the answer|that|me|as)|(?:correct|right|wrong|incorrect) answer"
+    r"\b(instructions?|full (?:marks?|points|credit)|scores?(?! ?board)|grad(?:er|ing)|judge|award|prompt"
+    r"|\d+ points|disregard"
+    r"|system(?= ?(?:[:\]]|prompt|message|override|note))|(?<!\w )system$"
+    r"|mark (?:it|this|the answer|that|me|as)|(?:wrong|incorrect) answer"
+    r"|(?:correct|right) answer(?! (?:is|was)\b)"
     r"|answer (?:is|as|was|:)? ?(?:correct|right|wrong|incorrect)|(?:rate|accept) (?:it|this|the))\b"
 )
+_ANSWER_IS = re.compile(r"^\W*(?:the )?(?:correct |right )?answer (?:is|was)\b")
 _REFUSAL = re.compile(
     r"\b(can not|could not|unable to|impossible to|hard to|difficult to|not possible to|not able to"
     r"|too (?!many)\w+ to)"
@@ -69,6 +74,7 @@ def normalise(text: str) -> str:
     text = text.replace("。", ".").replace("．", ".")
     text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)
     text = re.sub(r"(?<=\d)\s*-\s*(?=\d)", " to ", text)
+    text = re.sub(r"(?<![\w)])-(?=\d)", " minus ", text)
     text = re.sub(r"(?<=\d)\+", " or more", text)
     text = re.sub(r">\s*(?=\d)", " more than ", text)
     text = re.sub(r"<\s*(?=\d)", " less than ", text)
@@ -129,7 +135,7 @@ def answer_clauses(text: str, question: str = "") -> list[list[str]]:
     for part in parts:
         if _INSTRUCTION.search(part) or (_REFUSAL.search(part) and not about_clarity):
             continue
-        words = tokens(part)
+        words = tokens(_ANSWER_IS.sub(" ", part))
         if words:
             kept.append(words)
     return kept
@@ -146,8 +152,11 @@ def negated(clause: list[str], start: int, end: int, *, across: bool = False) ->
     across: a preposition between does not protect it ("not from a satellite").
     """
     before = [i for i in range(start) if clause[i] in NEGATORS]
-    if before and (across or not _PREPOSITIONS & set(clause[before[-1] + 1 : start])):
-        return True
+    if before:
+        # "no through roads", "no above ground tanks": there it belongs to the name
+        first = before[-1] + (2 if clause[before[-1]] == "no" else 1)
+        if across or not _PROTECTS & set(clause[first:start]):
+            return True
     after = clause[end : end + 5]
     return bool(_ABSENT & set(after)) or any(
         word in ("not", "never")
