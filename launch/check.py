@@ -89,7 +89,6 @@ def shared_files(folder: Path) -> tuple[list[str], str]:
     token = gather(np.array([time.time_ns() % 2**31], np.int32))[0, 0]  # process 0's: no stale file fits
     names = [folder / f".check-{token}-{other}" for other in range(count)]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         begin = time.perf_counter()
         with names[rank].open("wb") as file:
             file.write(bytes(2**20))

@@ -6,10 +6,13 @@
 # is replaced, and flags in XLA_FLAGS come last, where XLA lets them win.
 #
 #   PYTHON     the interpreter that has mmrstraj_jax (default: python3)
+#   IMAGE      a container of launch/apptainer.def to run in; its python3 is taken instead
 #   SCRATCH    a node-local folder for compiled programs (default: TMPDIR, else /tmp)
 
 : "${PYTHON:=python3}"
 : "${SCRATCH:=${TMPDIR:-/tmp}}"
+python=("$PYTHON")
+[ -z "${IMAGE:-}" ] || python=(apptainer exec --nv --bind "$PWD,$SCRATCH" "$IMAGE" python3)
 
 mmrstraj_environment() {
     local flags=(
@@ -25,7 +28,7 @@ mmrstraj_environment() {
         --xla_gpu_first_collective_call_terminate_timeout_seconds=600
     )
     local known
-    known=$("$PYTHON" -m mmrstraj_jax.environment "${flags[@]}" ${XLA_FLAGS:-}) || return
+    known=$("${python[@]}" -m mmrstraj_jax.environment "${flags[@]}" ${XLA_FLAGS:-}) || return
     export XLA_FLAGS=$known
 }
 

@@ -77,8 +77,12 @@ def known_flags(flags: list[str]) -> tuple[list[str], list[str]]:
         found = re.search(r"Unknown flags? in XLA_FLAGS:(.*)", child.stderr)
         unknown = [flag for flag in flags if found and flag in found[1].split()]
         if not unknown:
-            why = (child.stderr.strip().splitlines() or [f"exit code {child.returncode}"])[0]
-            raise UserError(f"XLA_FLAGS {' '.join(flags)}: JAX does not start with them: {why:.200}")
+            lines = child.stderr.strip().splitlines() or [f"exit code {child.returncode}"]
+            # XLA says why first, and then lists all its flags; Python says it last
+            why = lines[-1 if "Traceback (most recent call last):" in lines else 0]
+            raise UserError(
+                f"XLA_FLAGS {' '.join(flags)}: JAX does not start with them in {sys.executable}: {why:.200}"
+            )
         flags = [flag for flag in flags if flag not in unknown]
         warnings += [f"XLA_FLAGS: {flag} is left out: {_suggestion(flag)}" for flag in unknown]
     return flags, warnings

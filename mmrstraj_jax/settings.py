@@ -7,10 +7,13 @@ are int, float, bool, str, `str | None` or tuples of these.
 import contextlib
 import dataclasses
 import difflib
+import importlib.util
 import io
 import math
 import textwrap
+import traceback
 import typing
+from pathlib import Path
 from typing import Any
 
 from mmrstraj_jax.errors import UserError
@@ -79,6 +82,8 @@ def _parse(name: str, annotation: Any, values: list[str]) -> Any:
 
 def take_option(args: list[str], name: str) -> tuple[str | None, list[str]]:
     """Takes `--name VALUE` or `--name=VALUE` out of the words; (None, args) where it is absent."""
+    if sum(word.partition("=")[0] == name for word in args) > 1:
+        raise UserError(f"{name}: given more than once; expected it once")
     for i, word in enumerate(args):
         if word.startswith(f"{name}="):
             return word.partition("=")[2], args[:i] + args[i + 1 :]
@@ -91,6 +96,9 @@ def take_option(args: list[str], name: str) -> tuple[str | None, list[str]]:
 
 def take_flag(args: list[str], name: str) -> tuple[bool, list[str]]:
     """Takes the word `--name` out of the words, and tells whether it was there."""
+    for word in args:
+        if word.startswith(f"{name}="):
+            raise UserError(f"{word}: expected {name} alone, it takes no value")
     return name in args, [word for word in args if word != name]
 
 
@@ -124,6 +132,29 @@ def overrides(args: list[str], cls: type) -> dict[str, Any]:
     # `--merge-init` is already True; a value behind it replaces that
     words = {name: w[-1:] if leaves[name] is bool else w for name, w in words.items()}
     return {name: _parse(name.replace("_", "-"), leaves[name], values) for name, values in words.items()}
+
+
+# ---- a file that makes settings ----
+
+
+def call_file(path: Path, name: str, *args: Any) -> Any:
+    """`name(*args)` of a Python file; None where it has no such function.
+
+    Raises UserError: the file cannot be run, or the function fails; names the line of the file.
+    """
+    spec = importlib.util.spec_from_file_location(f"mmrstraj_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        return getattr(module, name)(*args) if hasattr(module, name) else None
+    except UserError:  # a setting with a bad value: the message names it
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == spec.origin]
+        line = lines[-1] if lines else getattr(error, "lineno", 1)  # a SyntaxError comes before any frame
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{path} line {line}: {said}; correct the file") from error
 
 
 # ---- a run's config.json ----

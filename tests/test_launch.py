@@ -1,13 +1,19 @@
 """launch/: run as far as a machine without SLURM, Kubernetes and Apptainer allows."""
 
+import contextlib
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import training_case as case
+
+from mmrstraj_jax import environment
+from mmrstraj_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
@@ -32,7 +38,7 @@ def stubs(tmp_path):
 
     stub("srun", 'case "$*" in *check.py*) exit "${CHECK_CODE:-0}";; *) exit "${TRAIN_CODE:-0}";; esac')
     stub("scontrol", "")
-    stub("apptainer", "")
+    stub("apptainer", 'shift 6; exec python-stub "$@"')  # exec --nv --bind FOLDERS IMAGE python3
     stub("python-stub", 'case "$*" in *environment*) shift 2; echo "$*";; esac')
     return tmp_path
 
@@ -73,12 +79,17 @@ def test_a_finished_job_is_not_queued_again(stubs):
     )
 
 
-@pytest.mark.parametrize("code", [75, 69])
-def test_a_job_that_says_run_me_again_is_queued_again(stubs, code):
+AGAIN = [69, 75, 134, 137, 139, 143]  # "run me again", and died by SIGABRT, SIGKILL, SIGSEGV, SIGTERM
+
+
+@pytest.mark.parametrize("code", AGAIN)
+def test_a_job_that_says_run_me_again_or_was_killed_is_queued_again(stubs, code):
     result, calls = sbatch(stubs, TRAIN_CODE=str(code))
     assert result == 0 and calls[-1] == "scontrol requeue 7"
-    result, calls = sbatch(stubs, TRAIN_CODE=str(code), SLURM_RESTART_COUNT="50")
-    assert result == code and calls[-1].startswith("srun")
+    # SLURM does not count the first start
+    for bound in ({"SLURM_RESTART_COUNT": "50"}, {"MAX_RESTARTS": "0"}):
+        result, calls = sbatch(stubs, TRAIN_CODE=str(code), **bound)
+        assert result == code and calls[-1].startswith("srun")
 
 
 def test_other_failures_end_the_job(stubs):
@@ -88,11 +99,19 @@ def test_other_failures_end_the_job(stubs):
 
 
 def test_a_job_in_a_container(stubs):
-    code, calls = sbatch(stubs, IMAGE="mmrstraj.sif", CHECK="0")
-    assert code == 0 and len(calls) == 1
-    assert (
-        f"apptainer exec --nv --bind {ROOT},/scratch mmrstraj.sif python3 -m mmrstraj_jax.train" in calls[0]
-    )
+    code, calls = sbatch(stubs, IMAGE="mmrstraj.sif", CHECK="0", PYTHON="there-is-none-outside")
+    assert code == 0 and len(calls) == 2
+    inside = f"apptainer exec --nv --bind {ROOT},/scratch mmrstraj.sif python3 -m mmrstraj_jax"
+    assert calls[0].startswith(f"{inside}.environment --xla") and f" {inside}.train" in calls[1]
+
+
+def test_a_python_without_jax_is_named_not_its_traceback(tmp_path, monkeypatch):
+    bare = tmp_path / "bare-python"
+    bare.write_text(f'#!/usr/bin/env bash\nexec {sys.executable} -I -S "$@"\n')
+    bare.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(bare))
+    with pytest.raises(UserError, match="bare-python: ModuleNotFoundError: No module named 'jax'"):
+        environment.known_flags(["--xla_gpu_autotune_level=1"])
 
 
 def test_the_environment_file_keeps_what_was_set(stubs):
@@ -113,7 +132,11 @@ def test_the_environment_file_keeps_what_was_set(stubs):
     assert fraction == "0.5" and flags.split()[-1] == "--xla_gpu_enable_latency_hiding_scheduler=false"
 
 
-def test_local_processes_share_a_coordinator_and_the_first_failure_counts(stubs):
+@pytest.mark.parametrize(
+    "given, seen",
+    [({}, "01"), ({"CUDA_VISIBLE_DEVICES": "4,5,6"}, "45"), ({"CUDA_VISIBLE_DEVICES": ""}, None)],
+)
+def test_local_processes_share_a_coordinator_and_the_first_failure_counts(stubs, given, seen):
     trainer = stubs / "bin" / "python-stub"
     trainer.write_text(
         '#!/usr/bin/env bash\ncase "$*" in *environment*) exit;; esac\n'
@@ -123,11 +146,64 @@ def test_local_processes_share_a_coordinator_and_the_first_failure_counts(stubs)
     done = subprocess.run(
         ["bash", str(LAUNCH / "local.sh"), "--steps", "3"],
         env={"PATH": f"{stubs / 'bin'}:{os.environ['PATH']}", "PYTHON": "python-stub"}
-        | {"PROCESSES": "2", "PORT": "4444"},
+        | {"PROCESSES": "2", "PORT": "4444"}
+        | given,
     )
     assert done.returncode == 75
     options = "-m mmrstraj_jax.train --steps 3 --coordinator 127.0.0.1:4444 --num-processes 2 --process-id"
-    assert sorted((stubs / "calls").read_text().splitlines()) == [f"{i} {options} {i}" for i in range(2)]
+    expected = [f"{seen[i] if seen else ''} {options} {i}" for i in range(2)]
+    assert sorted((stubs / "calls").read_text().splitlines()) == expected
+
+
+def test_local_processes_need_a_gpu_each(stubs):
+    done = subprocess.run(
+        ["bash", str(LAUNCH / "local.sh")],
+        env={"PATH": f"{stubs / 'bin'}:{os.environ['PATH']}", "PYTHON": "python-stub"}
+        | {"PROCESSES": "2", "CUDA_VISIBLE_DEVICES": "4"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: CUDA_VISIBLE_DEVICES=4: expected one GPU for each of PROCESSES=2")
+
+
+TRAINER = """#!{python}
+import pathlib, signal, sys, time
+if "mmrstraj_jax.environment" in sys.argv:
+    sys.exit()
+seen = ["deaf"] if signal.getsignal(signal.SIGINT) == signal.SIG_IGN else []
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, _: seen.append(signal.Signals(number).name))
+file = pathlib.Path({folder!r}, "process-" + sys.argv[-1])
+file.touch()
+while not {{"SIGINT", "SIGTERM"}} & set(seen):
+    time.sleep(0.01)
+time.sleep(0.5)  # a second signal would come now
+file.write_text(" ".join(seen))
+sys.exit(75)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_local_processes_get_one_signal_and_are_waited_for(stubs, name):
+    """Ctrl-C goes to the whole process group, SIGTERM to the script alone."""
+    (stubs / "bin" / "python-stub").write_text(TRAINER.format(python=sys.executable, folder=str(stubs)))
+    script = subprocess.Popen(
+        ["bash", str(LAUNCH / "local.sh")],
+        env={"PATH": f"{stubs / 'bin'}:{os.environ['PATH']}", "PYTHON": "python-stub", "PROCESSES": "2"},
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # as in a terminal
+    )
+    files = [stubs / f"process-{i}" for i in range(2)]
+    try:
+        while not all(file.exists() for file in files):
+            assert script.poll() is None
+            time.sleep(0.05)
+        (os.killpg if name == "SIGINT" else os.kill)(script.pid, signal.Signals[name])
+        assert script.wait(60) == 75 and [file.read_text() for file in files] == [name, name]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(script.pid, signal.SIGKILL)
 
 
 def test_the_jobset_agrees_with_the_exit_codes_and_itself():
@@ -137,9 +213,16 @@ def test_the_jobset_agrees_with_the_exit_codes_and_itself():
     spec = part["template"]["spec"]
     (container,) = spec["template"]["spec"]["containers"]
     assert spec["parallelism"] == spec["completions"] and spec["completionMode"] == "Indexed"
-    (rule,) = spec["podFailurePolicy"]["rules"]
-    assert rule["onExitCodes"]["values"] == [69, 75]
-    assert rule["onExitCodes"]["containerName"] == container["name"]
+    # A Job that fails by its policy ends the set, and only codes other than these fail it so
+    assert spec["podFailurePolicy"]["rules"] == [
+        {
+            "action": "FailJob",
+            "onExitCodes": {"containerName": container["name"], "operator": "NotIn", "values": AGAIN},
+        }
+    ]
+    (rule,) = job["spec"]["failurePolicy"]["rules"]
+    assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+    assert spec["backoffLimit"] == 0 and job["spec"]["failurePolicy"]["maxRestarts"] == 50
     (script,) = container["args"]
     name = f"{job['metadata']['name']}-{part['name']}-0-0.{job['metadata']['name']}"
     assert f"--coordinator {name}:" in script and f"--num-processes {spec['completions']} " in script
@@ -192,6 +275,20 @@ def test_check_of_two_processes(tmp_path):
     assert not list(tmp_path.iterdir())
     (code, shown), _ = processes(2, [*command, "--min-bandwidth", "1e6"], free_port())
     assert code == 1 and "FAILED: all-reduce:" in shown
+
+
+def test_check_makes_no_folder(tmp_path):
+    """A share that is not mounted, or misspelt, would be reported as well."""
+    folder = tmp_path / "no such share"
+    done = subprocess.run(
+        [sys.executable, str(LAUNCH / "check.py"), "--folder", str(folder), "--megabytes", "1"],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1 and not folder.exists()
+    assert f"{folder}: No such file or directory" in done.stderr and "FAILED" in done.stdout
 
 
 @pytest.mark.faults

@@ -2,10 +2,12 @@
 
 import socket
 import threading
+import time
 
 import pytest
 
 from mmrstraj_jax.errors import UserError
+from mmrstraj_jax.training import rendezvous
 from mmrstraj_jax.training.rendezvous import gather, join
 
 
@@ -70,15 +72,15 @@ def _connect(host, port) -> socket.socket:
             continue
 
 
+def zero(host, port, *args):
+    """Process 0; a second listener stands for the runtime."""
+    gather(host, port, *args)
+    with socket.create_server(("", port)) as runtime:
+        runtime.settimeout(30)
+        runtime.accept()[0].close()
+
+
 def test_when_all_came_the_port_is_free_for_the_runtime(port):
-    """Here a second listener stands for it."""
-
-    def zero(*args):
-        gather(*args)
-        with socket.create_server(("", port)) as runtime:
-            runtime.settimeout(30)
-            runtime.accept()[0].close()
-
     assert run((zero, port, 2, 30), (join, port, 1, 2, 30)) == [None, None]
 
 
@@ -86,3 +88,32 @@ def test_nobody_there(port):
     assert f"nothing answers at 127.0.0.1:{port}" in run((join, port, 1, 2, 1))[0]
     with socket.create_server(("", port)):
         assert f"port {port} of" in run((gather, port, 2, 1))[0]
+
+
+def test_a_name_that_comes_late_is_waited_for(port, monkeypatch):
+    """As that of a Kubernetes service before pod 0 has an address."""
+    connect, asked = socket.create_connection, []
+
+    def late(address, **how):
+        asked.append(address)
+        if len(asked) < 4:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return connect(address, **how)
+
+    monkeypatch.setattr(rendezvous.socket, "create_connection", late)
+    assert run((zero, port, 2, 30), (join, port, 1, 2, 30)) == [None, None]
+
+
+@pytest.mark.parametrize("timeout, longest", [(0.5, 60.0), (300, 0.5)])
+def test_a_name_that_never_comes_is_an_error_in_time(port, monkeypatch, timeout, longest):
+    def never(address, **_):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(rendezvous.socket, "create_connection", never)
+    monkeypatch.setattr(rendezvous, "RESOLVE", longest)
+    begin = time.monotonic()
+    (said,) = run((join, port, 1, 2, timeout))
+    assert 0.5 <= time.monotonic() - begin < 10
+    assert said.startswith(
+        "process 1 of 2: coordinator host '127.0.0.1' is unknown (Name or service not known)"
+    )

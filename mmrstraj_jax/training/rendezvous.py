@@ -13,6 +13,8 @@ import time
 from mmrstraj_jax.errors import UserError
 
 GO = "go\n"
+# Seconds until the coordinator's name is known: a Kubernetes service has none before pod 0 has an address
+RESOLVE = 60.0
 
 
 def gather(host: str, port: int, count: int, timeout: float) -> None:
@@ -87,9 +89,11 @@ def _hello(peer: socket.socket) -> tuple[int, int] | None:
 def join(host: str, port: int, index: int, count: int, timeout: float) -> None:
     """Process 1 and up: returns when process 0 has heard of all, and the runtime can be reached.
 
-    Raises UserError: what process 0 says; an unknown host; nobody answers within `timeout` seconds.
+    Raises UserError: what process 0 says; within `timeout` seconds nobody answers, or, RESOLVE at most, the
+    host stays unknown.
     """
-    who, deadline = f"process {index} of {count}", time.monotonic() + timeout
+    who, begin = f"process {index} of {count}", time.monotonic()
+    deadline = begin + timeout
     verdict, reason = "", "no answer"
     while verdict != GO:
         try:
@@ -99,10 +103,12 @@ def join(host: str, port: int, index: int, count: int, timeout: float) -> None:
                 link.settimeout(max(1.0, deadline - time.monotonic() + 5))
                 verdict = link.makefile(encoding="utf-8").readline()
         except socket.gaierror as error:
-            raise UserError(
-                f"{who}: coordinator host {host!r} is unknown ({error.strerror}); "
-                "give the host name or address of process 0"
-            ) from error
+            if time.monotonic() > begin + min(timeout, RESOLVE):
+                raise UserError(
+                    f"{who}: coordinator host {host!r} is unknown ({error.strerror}); "
+                    "give the host name or address of process 0"
+                ) from error
+            reason = error.strerror
         except OSError as error:
             reason = error.strerror or str(error)
         if verdict.endswith("\n") and verdict != GO:

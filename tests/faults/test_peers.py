@@ -85,7 +85,7 @@ def test_a_port_in_use_and_an_unknown_host_are_errors_at_once(world, tmp_path):
         )
         for coordinator, index, message in wrong:
             place = ["--coordinator", coordinator, "--num-processes", "2", "--process-id", index]
-            output = world.start(tmp_path / "run", *place, "--cluster.start-timeout", "20").ends(2)
+            output = world.start(tmp_path / "run", *place, "--cluster.start-timeout", "5").ends(2)
             assert re.search(f"^error: .*{message}", last_line(output)), output
 
 
