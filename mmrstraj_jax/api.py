@@ -5,8 +5,9 @@ model.generate([{"role": "user", "content": "<image>\\nIs there a bridge?"}], im
 """
 
 import functools
+import numbers
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from flax import nnx
 from jaxtyping import Float
 from PIL import Image
 
-from mmrstraj_jax.config import AnyResConfig, ModelConfig
+from mmrstraj_jax.config import AnyResConfig, ImagePolicy, ModelConfig
 from mmrstraj_jax.data import anyres as planning
 from mmrstraj_jax.data import chat
 from mmrstraj_jax.data import images as image_files
@@ -57,7 +58,7 @@ class Model:
     """A loaded model: weights, sizes, AnyRes policy, and its tokenizer where the folder had one.
 
     Attributes: config (ModelConfig with token ids), anyres (AnyResConfig), tokenizer (or None), model
-    (MMRSTraj), engine (inference.engine.Engine).
+    (MMRSTraj), engine (inference.engine.Engine), image_policy (ImagePolicy, the run's own).
     """
 
     def __init__(
@@ -68,12 +69,14 @@ class Model:
         tokenizer: Tokenizer | None = None,
         *,
         batch_size: int = 8,
+        image_policy: ImagePolicy = image_files.DEFAULT,
     ):
         """
         Args:
             anyres: its view and patch size must be the tower's.
             tokenizer: needed for messages; token ids work without.
             batch_size: most conversations that `generate` runs at a time.
+            image_policy: how image files become pixels.
         Raises:
             UserError: a policy of another view size, or a tokenizer that does not belong to the model.
         """
@@ -85,7 +88,9 @@ class Model:
             )
         self.config = bind_token_ids(config, tokenizer) if tokenizer else config
         self.model, self.anyres, self.tokenizer = model, anyres, tokenizer
-        self.engine = Engine(model, self.config, anyres, batch_size=batch_size)
+        self.image_policy = image_policy
+        how = {"batch_size": batch_size, "image_policy": image_policy}
+        self.engine = Engine(model, self.config, anyres, **how)
 
     def generate(
         self,
@@ -110,9 +115,9 @@ class Model:
                 - token ids, one config.image_token_id per image, one video_token_id per video, run as is.
                   Gives the list of new ids, the end token included (as HF's generate);
                 - a list of either. Gives a list, in its order.
-            images: PIL images or paths; for a list of conversations one list each. A single image is seen in
-                Higher AnyRes, two or more of a conversation as one padded view each.
-            videos: each a list of frames (PIL, paths) or an array uint8 [F, h, w, 3].
+            images: paths, PIL images or arrays uint8 [h, w, 3]; for a list of conversations one list each. A
+                single image is seen in Higher AnyRes, two or more of a conversation as one padded view each.
+            videos: each a list of frames (as images) or an array uint8 [F, h, w, 3].
             temperature: 0 is greedy: argmax, nothing else, unless a repetition_penalty is given.
             repetition_penalty: HF's, over prompt and answer; generation_config.json is not read.
             seed: the random key of a row comes from it and from the row's place in the list.
@@ -156,8 +161,8 @@ class Model:
             if not _is_ids(ids):
                 raise UserError("logits: expected token ids (data.chat.prompt turns messages into ids)")
             request = Request(ids, pictures, clips, name=f"sample {len(outputs)}")
-            prompts.measure(request, self.config, self.anyres)
-            example = prompts.read(request, self.config, self.anyres)
+            prompts.measure(request, self.config, self.anyres, self.image_policy)
+            example = prompts.read(request, self.config, self.anyres, image_policy=self.image_policy)
             logits = self._run(_logits, example)
             outputs.append(np.asarray(logits[0, : len(example.input_ids)]))
         return outputs if many else outputs[0]
@@ -176,7 +181,7 @@ class Model:
         return [self._image_features(image) for image in images]
 
     def _image_features(self, source: ImageLike) -> dict[str, np.ndarray]:
-        image = image_files.load(source)
+        image = image_files.load(source, self.image_policy)
         plan = planning.plan(*image.size, self.anyres)
         views = image_files.views(image, plan, self.anyres.view_size)
         ids = np.zeros(plan.num_tokens, np.int32)
@@ -254,39 +259,45 @@ def load(
     """
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    model, config, policy, tokenizer_dir = _open(Path(path), dtype)
-    if isinstance(anyres, str):
-        policy = AnyResConfig(policy=anyres).for_views(config.vision.image_size, config.vision.patch_size)
-    elif anyres is not None:
-        policy = anyres
-    tokenizer = None if tokenizer_dir is None else Tokenizer.load(tokenizer_dir)
-    return Model(model, config, policy, tokenizer, batch_size=batch_size)
-
-
-def _open(path: Path, dtype: Any) -> tuple[MMRSTraj, ModelConfig, AnyResConfig, Path | None]:
+    if not isinstance(path, str | os.PathLike):
+        raise UserError(f"load: expected a path, found {type(path).__name__}")
+    path, image_policy = Path(path), image_files.DEFAULT
     # Imported here: whoever builds a Model from arrays needs neither checkpoints nor weight files.
     if (path / "base.json").is_file():
         from mmrstraj_jax.training.run import open_run
 
         loaded = open_run(path, dtype=dtype)
+        image_policy = loaded.run_config.images
     else:
         from mmrstraj_jax.weights.load import load_model
 
         loaded = load_model(path, dtype=dtype)
-    return loaded.model, loaded.config, loaded.anyres, loaded.tokenizer_dir
+    policy, vision = loaded.anyres, loaded.config.vision
+    if isinstance(anyres, str):
+        policy = AnyResConfig(policy=anyres).for_views(vision.image_size, vision.patch_size)
+    elif anyres is not None:
+        policy = anyres
+    tokenizer = None if loaded.tokenizer_dir is None else Tokenizer.load(loaded.tokenizer_dir)
+    how = {"batch_size": batch_size, "image_policy": image_policy}
+    return Model(loaded.model, loaded.config, policy, tokenizer, **how)
 
 
 # ---- what the caller gave: one sample or many ----
 
 
 def _is_image(value: Any) -> bool:
-    return isinstance(value, str | os.PathLike | Image.Image)
+    """Whether this is one image rather than several; what it is, data.images finds out."""
+    several = isinstance(value, Iterable) and not isinstance(value, str | bytes | os.PathLike | Image.Image)
+    return not several or getattr(value, "ndim", 0) == 3
 
 
 def _is_ids(value: Any) -> bool:
     if hasattr(value, "ndim"):
         return value.ndim == 1
-    return not isinstance(value, str) and len(value) > 0 and isinstance(value[0], int | np.integer)
+    if not isinstance(value, Sequence):
+        raise UserError(f"expected a question, messages or token ids, found {type(value).__name__}")
+    # Any number: prompts refuses those that are no ids by name.
+    return not isinstance(value, str) and len(value) > 0 and isinstance(value[0], numbers.Number)
 
 
 def _is_many(value: Any) -> bool:

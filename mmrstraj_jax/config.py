@@ -6,7 +6,6 @@ and applies the overrides of the command line (`--steps 100 --optim.projector-lr
 
 import dataclasses
 import difflib
-import importlib.util
 import math
 import re
 from dataclasses import dataclass, field
@@ -81,12 +80,18 @@ class AnyResConfig:
     )
 
     def __post_init__(self):
-        if self.policy != "tau" and not re.fullmatch(r"anyres_max_\d+", self.policy):
-            raise UserError(f"anyres.policy {self.policy!r}: expected 'tau' or 'anyres_max_N' (N a number)")
+        if self.policy != "tau" and not re.fullmatch(r"anyres_max_[1-9]\d*", self.policy):
+            raise UserError(f"anyres.policy {self.policy!r}: expected 'tau' or 'anyres_max_N' (N from 1 on)")
         if self.rounding not in ("hf", "original"):
             raise UserError(f"anyres.rounding {self.rounding!r}: expected 'hf' or 'original'")
         if self.tau <= 0:
             raise UserError(f"anyres.tau {self.tau}: expected a positive token budget")
+        sides = [self.view_size, *(side for pair in self.grid_pinpoints for side in pair)]
+        if not 0 < self.patch_size <= min(sides) or any(side % self.view_size for side in sides):
+            raise UserError(
+                f"anyres: grid_pinpoints, view_size {self.view_size} and patch_size {self.patch_size} do not "
+                "fit; expected multiples of view_size, as AnyResConfig.for_views makes them"
+            )
 
     @property
     def side(self) -> int:
@@ -99,13 +104,9 @@ class AnyResConfig:
 
     def for_views(self, view_size: int, patch_size: int) -> "AnyResConfig":
         """The same policy at another view size: tau keeps its share of the full-view token count."""
-        tau = self.tau * (view_size // patch_size) ** 2 / self.side**2
-        pinpoints = tuple(
-            (h // self.view_size * view_size, w // self.view_size * view_size) for h, w in self.grid_pinpoints
-        )
-        return dataclasses.replace(
-            self, tau=tau, view_size=view_size, patch_size=patch_size, grid_pinpoints=pinpoints
-        )
+        tau, old = self.tau * (view_size // patch_size) ** 2 / self.side**2, self.view_size
+        grid = tuple((h // old * view_size, w // old * view_size) for h, w in self.grid_pinpoints)
+        return AnyResConfig(self.policy, tau, self.rounding, view_size, patch_size, grid)
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,8 @@ LORA_TARGETS = {
     "projector": ("linear_1", "linear_2"),
     "language_model": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
 }
+SCHEDULES = ("cosine", "linear", "constant")  # optimizer.Optimizer.multiplier
+INT32 = 2**31 - 1  # step numbers and seeds travel to the device as such
 TRAINABLE_PARTS = ("vision_tower", "projector", "newline", "language_model")
 
 
@@ -176,6 +179,13 @@ class OptimConfig:
         for key in ("tower_lr", "projector_lr", "other_lr", "weight_decay", "clip_norm", "skip_norm"):
             if getattr(self, key) < 0:
                 raise UserError(f"optim.{key} {getattr(self, key)}: expected 0 or more")
+        for key in ("b1", "b2"):
+            if not 0 <= getattr(self, key) < 1:
+                raise UserError(f"optim.{key} {getattr(self, key)}: expected a rate in [0, 1)")
+        if self.eps <= 0:
+            raise UserError(f"optim.eps {self.eps}: expected more than 0")
+        if self.schedule not in SCHEDULES:
+            raise UserError(f"optim.schedule {self.schedule!r}: expected one of {', '.join(SCHEDULES)}")
         if not 0 <= self.warmup_ratio <= 1:
             raise UserError(f"optim.warmup_ratio {self.warmup_ratio}: expected a share of the steps, 0 to 1")
 
@@ -304,8 +314,8 @@ class Config:
             ("epochs", "batch_size", "micro_batch_size", "fsdp", "max_length", "length_multiple"), 1
         )
         for key, value in (least | {"save_every": 1, "keep_last": 1, "log_every": 1}).items():
-            if getattr(self, key) < value:
-                raise UserError(f"{key} {getattr(self, key)}: expected {value} or more")
+            if not value <= getattr(self, key) <= INT32:
+                raise UserError(f"{key} {getattr(self, key)}: expected {value} to {INT32}")
         if list(self.view_buckets) != sorted(set(self.view_buckets)) or min(self.view_buckets, default=0) < 1:
             raise UserError(f"view_buckets {self.view_buckets}: expected ascending positive view counts")
         batch, micro = self.batch_size, self.micro_batch_size
@@ -422,18 +432,13 @@ def load_config(name: str, args: list[str], *, model: str | None = None) -> tupl
         problem = f"--model {model}" if model else "--weights without --model"
         raise UserError(f"{problem}: expected one of {', '.join(MODEL_PRESETS)}")
     path = find_config(name)
-    spec = importlib.util.spec_from_file_location(f"mmrstraj_config_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not callable(getattr(module, "get_config", None)):
+    config = settings.call_file(path, "get_config", model)
+    if not isinstance(config, Config):
         raise UserError(f"--config {path}: expected a function get_config(model) that returns the Config")
-    config = module.get_config(model)
     if {"--help", "-h"} & set(args):
         import tyro
 
-        about = (
-            f"Settings of {path.name}; choose another with --config NAME, see the result with --print-config."
-        )
+        about = f"Settings of {path.name}; --config NAME chooses another, --print-config shows the result."
         tyro.cli(Config, default=config, args=["--help"], description=about, prog="[command]")
     return settings.replace(config, overrides), frozenset(overrides)
 

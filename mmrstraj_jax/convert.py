@@ -23,7 +23,7 @@ from mmrstraj_jax.models.lora import merge_lora
 from mmrstraj_jax.models.mmrstraj import MMRSTraj
 from mmrstraj_jax.training import run
 from mmrstraj_jax.weights import export, native, verify
-from mmrstraj_jax.weights.load import load_model
+from mmrstraj_jax.weights.load import load_model, open_source, source_dtype
 from mmrstraj_jax.weights.safetensors_io import Reader
 
 DTYPES = ("source", "bfloat16", "float16", "float32")
@@ -56,7 +56,7 @@ def _parser() -> _Parser:
     command.add_argument(
         "--peft", action="store_true", help="write only the adapter, for transformers + peft"
     )
-    command.add_argument("--base", help="with --peft: repository or folder of the base; default: the run's")
+    command.add_argument("--base", help="with --peft: repository, or folder (compared), of the base")
     command.add_argument("--transformers", choices=tuple(export.RUNTIMES), default="5", help="with --peft")
     command = commands.add_parser("verify", help="compare two sets of weights")
     command.add_argument("a")
@@ -79,9 +79,12 @@ class _Opened:
     anyres: AnyResConfig
     tokenizer_dir: Path | None
     base: str
+    layout: str  # of the base
     unused: Mapping = field(default_factory=dict)
     lora: LoRAConfig | None = None
     train_full: tuple[str, ...] = ()
+    rebuild: Mapping | None = None  # the run that was merged into the base
+    feature_layer: int = 0  # where the base's tower was cut
 
 
 def _open(source: str, adapter_dir: str | None, dtype: str) -> _Opened:
@@ -98,18 +101,58 @@ def _open(source: str, adapter_dir: str | None, dtype: str) -> _Opened:
             found.anyres,
             found.tokenizer_dir,
             base,
+            found.base["layout"],
             found.unused,
             settings.lora,
             settings.train_full,
+            found.base["rebuild"],
+            found.base.get("feature_layer", 0),
         )
     loaded = load_model(source, dtype=dtype)
-    opened = _Opened(loaded.model, loaded.config, loaded.anyres, loaded.tokenizer_dir, source, loaded.unused)
+    beside = loaded.tokenizer_dir, source, loaded.layout, loaded.unused
+    opened = _Opened(loaded.model, loaded.config, loaded.anyres, *beside)
     if adapter_dir is not None:
         opened.model, adapter = native.load_adapter(
             loaded.model, adapter_dir, base_fingerprint=loaded.fingerprint
         )
         opened.lora, opened.train_full = adapter.lora, adapter.train_full
     return opened
+
+
+def _peft_base(named: str | None, found: _Opened) -> str:
+    """The base that a PEFT adapter names: transformers loads it, and it is what was trained on.
+
+    Raises UserError where that cannot be said of any, or not of the one that was named.
+    """
+    if named is None:
+        why = None
+        if found.rebuild is not None:
+            why = f"the base is the run {found.rebuild['run']}, merged; export that run"
+        elif found.feature_layer:
+            why = (
+                f"--feature-layer {found.feature_layer} cut the tower of {found.base}; give a llava-hf copy "
+                "of it that vision_feature_layer in its config.json"
+            )
+        elif found.layout != "llava-hf":
+            why = f"transformers cannot load the base {found.base}; export it"
+        if why:
+            raise UserError(f"--peft: {why} and name it with --base DIR, or export merged, without --peft")
+        return found.base
+    if Path(named).is_dir():
+        tensors = export.merged_slices(found.model, found.model.language_model.embed_tokens.weight.dtype)
+        # PEFT replaces a part that was trained in full: what the base holds there does not matter.
+        full = ("multi_modal_projector.",) if found.train_full else ()
+        outputs = (plain or merged for key, merged, plain in tensors if not key.startswith(full))
+        if found.rebuild is not None:  # as the export of that run writes it, in the folder's own dtype
+            dtype = source_dtype(open_source(named))
+            origin = run.open_run(found.rebuild["run"], step=found.rebuild["step"], dtype=dtype)
+            outputs = (merged for _, merged, _ in export.merged_slices(origin.model, dtype))
+        export.check_base(named, outputs, found.config)
+    elif found.rebuild is not None or found.feature_layer:
+        raise UserError(
+            f"--base {named}: no such folder; this run's base is not the published one, so it is compared"
+        )
+    return named
 
 
 def main(argv: list[str]) -> int:
@@ -134,7 +177,8 @@ def main(argv: list[str]) -> int:
             raise UserError(
                 f"--peft: {args.source} has no adapter; expected a run directory, or --adapter DIR"
             )
-        base, how = args.base or found.base, {"policy": args.serving_policy, "runtime": args.transformers}
+        base = _peft_base(args.base, found)
+        how = {"policy": args.serving_policy, "runtime": args.transformers}
         full = found.train_full
         done = export.export_peft(
             found.model, *sizes, found.lora, args.out, base=base, train_full=full, **how

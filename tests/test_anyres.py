@@ -186,6 +186,16 @@ def test_an_empty_map_still_shows_the_base_view():
     assert (plan.index(0, 4)[22 * 22 :] == 4 * 729).all()
 
 
+def test_a_policy_that_cannot_be_planned_is_refused():
+    with pytest.raises(UserError, match="anyres_max_0.*N from 1 on"):
+        anyres.plan(30, 40, "anyres_max_0")
+    sizes = [{"view_size": 500}, {"view_size": 336}, {"view_size": 0}, {"grid_pinpoints": ((384, 0),)}]
+    sizes += [{"view_size": 12, "grid_pinpoints": ((12, 24),)}, {"patch_size": 0}]
+    for changes in sizes:
+        with pytest.raises(UserError, match="AnyResConfig.for_views"):
+            AnyResConfig(**changes)
+
+
 def test_rows_choose_their_layout():
     kinds = [p.kind for p in anyres.plan_row([(10, 10), (20, 20)], 0, TAU)]
     assert kinds == ["square", "square"]

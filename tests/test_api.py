@@ -6,8 +6,8 @@ import weights_case
 from PIL import Image
 
 import mmrstraj_jax
-from mmrstraj_jax.config import AnyResConfig
-from mmrstraj_jax.data import anyres
+from mmrstraj_jax.config import AnyResConfig, Config, ImagePolicy
+from mmrstraj_jax.data import anyres, images
 from mmrstraj_jax.errors import UserError
 from mmrstraj_jax.weights.load import load_model
 
@@ -70,12 +70,12 @@ def test_one_question_a_list_and_a_stream_agree(model, folder):
 
 
 def test_slots_may_be_written_or_left_out(model):
-    images = [picture(28, 28), picture(40, 20)]
-    by_hand = model.generate(ask("<image><image>\nWhat changed?"), images=images, max_new_tokens=4)
+    pictures = [picture(28, 28), picture(40, 20)]
+    by_hand = model.generate(ask("<image><image>\nWhat changed?"), images=pictures, max_new_tokens=4)
     parts = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "What changed?"}]
-    assert model.generate("What changed?", images=images, max_new_tokens=4) == by_hand
-    assert model.generate(ask(parts), images=images, max_new_tokens=4) == by_hand
-    assert model.generate(ask(parts[2:]), images=images, max_new_tokens=4) == by_hand
+    assert model.generate("What changed?", images=pictures, max_new_tokens=4) == by_hand
+    assert model.generate(ask(parts), images=pictures, max_new_tokens=4) == by_hand
+    assert model.generate(ask(parts[2:]), images=pictures, max_new_tokens=4) == by_hand
 
 
 def test_a_video_is_frames_or_an_array(model):
@@ -87,6 +87,54 @@ def test_a_video_is_frames_or_an_array(model):
     logits = model.logits(ids, videos=[array])
     assert logits.shape == (2 + anyres.plan_video(3, model.anyres).num_tokens, model.config.text.vocab_size)
     np.testing.assert_array_equal(logits, model.logits(ids, videos=[frames]))
+
+
+def test_an_image_may_be_an_array_or_the_content_of_a_file(model, folder):
+    array, content = np.asarray(Image.open(folder / PNG)), (folder / PNG).read_bytes()
+    expected = model.generate("What is this?", folder / PNG, max_new_tokens=4)
+    for image in (array, [array], content, [content]):
+        assert model.generate("What is this?", image, max_new_tokens=4) == expected
+    known = model.features(folder / PNG)["packed"]
+    np.testing.assert_array_equal(model.features(array)["packed"], known)
+    np.testing.assert_array_equal(model.features([array])[0]["packed"], known)
+    np.testing.assert_array_equal(
+        model.logits([3, IMAGE], array), model.logits([3, IMAGE], images=[folder / PNG])
+    )
+
+
+def test_a_run_is_asked_with_the_image_policy_it_was_trained_with(tmp_path, folder, monkeypatch):
+    from mmrstraj_jax.training import run
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(70, 40).save(tmp_path / "turned.png", exif=exif)
+    deep = np.linspace(0, 4000, 70 * 40).reshape(40, 70).astype(np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    (tmp_path / "base.json").write_text("{}")
+    settings = Config(images=ImagePolicy(exif=True, deep="stretch"))
+
+    def open_run(path, *, dtype):
+        loaded = load_model(folder, dtype=dtype)
+        beside = loaded.config, loaded.anyres, loaded.tokenizer_dir, {}
+        return run.OpenRun(loaded.model, *beside, run_config=settings)
+
+    monkeypatch.setattr(run, "open_run", open_run)
+    trained, plain = mmrstraj_jax.load(tmp_path, dtype="float32"), mmrstraj_jax.load(folder, dtype="float32")
+    upright = images.load(tmp_path / "turned.png", settings.images)
+    assert upright.size == (40, 70)
+    for name, same in (
+        ("turned.png", upright),
+        ("deep.png", images.load(tmp_path / "deep.png", settings.images)),
+    ):
+        for given in (tmp_path / name, Image.open(tmp_path / name)):
+            expected = plain.logits([3, IMAGE, 9], [same])
+            np.testing.assert_array_equal(trained.logits([3, IMAGE, 9], [given]), expected)
+        found = trained.generate("What is this?", [tmp_path / name], max_new_tokens=4)
+        assert found == plain.generate("What is this?", [same], max_new_tokens=4)
+        packed = plain.features(same)["packed"]
+        np.testing.assert_array_equal(trained.features(tmp_path / name)["packed"], packed)
+    with pytest.raises(UserError, match="more than 8 bits"):
+        plain.generate("What is this?", [tmp_path / "deep.png"])
 
 
 def test_ids_give_ids_and_their_logits(model):
@@ -148,6 +196,17 @@ def test_without_a_tokenizer_ids_still_work(tmp_path):
         (lambda m: m.logits("text"), "expected token ids"),
         (lambda m: m.logits([1, 5000]), "expected 0..319"),
         (lambda m: m.generate(np.zeros(0, int)), "not empty"),
+        (lambda m: m.generate(None), "found NoneType"),
+        (lambda m: m.logits([1.0, 2.5]), "expected a list of token ids"),
+        (
+            lambda m: m.generate("Q", [np.zeros((4, 4, 3), np.float32)]),
+            r"float32 \[4, 4, 3\]: expected a path",
+        ),
+        (lambda m: m.generate("Q", [np.zeros((4, 4), np.uint8)]), r"uint8 \[4, 4\]"),
+        (lambda m: m.generate("Q", videos=[np.zeros((2, 4, 4, 3))]), r"float64 \[4, 4, 3\]"),
+        (lambda m: m.generate("Q", images=[None]), "image given as NoneType"),
+        (lambda m: m.features(5.0), "image given as float"),
+        (lambda m: mmrstraj_jax.load(None), "expected a path, found NoneType"),
     ],
 )
 def test_bad_calls_are_one_line(model, call, message):

@@ -188,6 +188,10 @@ def test_batch_sizes_are_checked_together_not_one_by_one():
         ("--lora.projector fc1", "lora.projector 'fc1': expected some of linear_1, linear_2"),
         ("--lora.rank 0", "lora.rank 0: expected 1 or more"),
         ("--optim.tower-lr -1e-4", "optim.tower_lr -0.0001: expected 0 or more"),
+        ("--optim.b1 2", "optim.b1 2.0: expected a rate in [0, 1)"),
+        ("--optim.eps -1", "optim.eps -1.0: expected more than 0"),
+        ("--optim.schedule foo", "optim.schedule 'foo': expected one of cosine, linear, constant"),
+        ("--steps 99999999999", "steps 99999999999: expected 0 to 2147483647"),
         ("--batch-size 6 --micro-batch-size 4", "batch_size 6 is not a multiple of micro_batch_size 4"),
         ("--view-buckets 5 1", "view_buckets (5, 1): expected ascending"),
         ("--remat all", "remat 'all': expected one of none, block, dots"),
@@ -236,6 +240,23 @@ def test_unknown_configs_are_named_with_the_nearest(tmp_path, monkeypatch):
     assert "expected a function get_config(model)" in error_of(str(tmp_path / "empty.py"))
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("\nimport no_such_module", "line 2: ModuleNotFoundError: No module named 'no_such_module'"),
+        ("x = 1\ndef get_config(model:\n    pass", "line 2: SyntaxError: "),
+        ("def get_config(model):\n    return {}[model]", "line 2: KeyError: 'tiny'"),
+        ("import json\njson.loads('{')", "line 2: JSONDecodeError: "),  # the line of the file, not of json
+    ],
+)
+def test_a_config_file_that_fails_is_named_with_its_line(tmp_path, text, said):
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        settings.call_file(path, "get_config", "tiny")
+    assert str(error.value).startswith(f"{path} {said}") and "\n" not in str(error.value)
+
+
 def test_options_outside_the_config_are_taken_out():
     args = ["--config", "stage2", "--steps", "3", "--print-config"]
     assert settings.take_option(args, "--config") == ("stage2", ["--steps", "3", "--print-config"])
@@ -245,6 +266,11 @@ def test_options_outside_the_config_are_taken_out():
     assert settings.take_flag(args[:-1], "--print-config") == (False, args[:-1])
     with pytest.raises(UserError, match="--config: a value is missing"):
         settings.take_option(["--config", "--steps", "3"], "--config")
+    for twice in (["--config", "a", "--config", "b"], ["--config=a", "--steps", "3", "--config=b"]):
+        with pytest.raises(UserError, match="^--config: given more than once; expected it once"):
+            settings.take_option(twice, "--config")
+    with pytest.raises(UserError, match="^--allow-fresh=1: expected --allow-fresh alone"):
+        settings.take_flag(["--steps", "3", "--allow-fresh=1"], "--allow-fresh")
 
 
 @pytest.mark.parametrize("model", ["tiny", "7b"])

@@ -1,5 +1,6 @@
 """The command: its exit codes, its refusals, and tables that tell the truth."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from mmrstraj_jax.errors import UserError
 from mmrstraj_jax.models.lora import add_lora, merge_lora, train_in_full
 from mmrstraj_jax.training import run as training_run
 from mmrstraj_jax.weights import export, native
-from mmrstraj_jax.weights.load import load_model
+from mmrstraj_jax.weights.load import load_model, with_feature_layer
 
 LORA = LoRAConfig(rank=2, alpha=4.0)
 
@@ -155,7 +156,7 @@ def test_a_run_directory_is_a_source(hub, tmp_path, monkeypatch):
     def open_run(path, *, dtype):
         loaded = load_model(hub, dtype=dtype)
         model, _ = native.load_adapter(loaded.model, lora)
-        base = {"path": hub}
+        base = {"path": hub, "layout": "llava-hf", "rebuild": None}
         return training_run.OpenRun(
             model, loaded.config, loaded.anyres, loaded.tokenizer_dir, base, run_config=Config(lora=LORA)
         )
@@ -171,6 +172,111 @@ def test_a_run_directory_is_a_source(hub, tmp_path, monkeypatch):
     )
     with pytest.raises(UserError, match="has its own; drop one"):
         run("export", "runs/stage1", tmp_path / "no", "--adapter", lora)
+
+
+def opened(hub, lora, dtype, **base) -> training_run.OpenRun:
+    loaded = load_model(hub, dtype=dtype)
+    model, _ = native.load_adapter(loaded.model, lora)
+    base = {"path": hub, "layout": loaded.layout, "rebuild": None} | base
+    beside = loaded.config, loaded.anyres, loaded.tokenizer_dir, base
+    return training_run.OpenRun(model, *beside, run_config=Config(lora=LORA))
+
+
+def test_a_peft_adapter_of_a_merged_run_names_the_merged_base(hub, tmp_path, monkeypatch, capsys):
+    """train -> one; train --init-from one --merge-init -> two: hub is not the base of two's adapters."""
+    lora = adapter(hub, tmp_path / "lora")
+
+    def open_run(path, *, dtype, step=None):
+        if path == "one":
+            return opened(hub, lora, dtype)
+        found = opened(hub, lora, dtype, rebuild={"run": "one", "step": 4})
+        kept = native.leaves(found.model)
+        merge_lora(found.model)
+        add_lora(found.model, LORA, jax.random.key(1))
+        for name, module in ((".".join(map(str, path)), m) for path, m in nnx.iter_modules(found.model)):
+            if getattr(module, "lora_B", None) is not None:
+                module.lora_B[...] = kept[f"{name}.lora_B"]
+        return found
+
+    monkeypatch.setattr(training_run, "is_run", lambda path: path in ("one", "two"))
+    monkeypatch.setattr(training_run, "open_run", open_run)
+    how = ("export", "two", tmp_path / "peft", "--peft")
+    with pytest.raises(UserError, match="the base is the run one, merged; export that run and name it"):
+        run(*how)
+    with pytest.raises(UserError, match="weight differs from what the adapters were trained on"):
+        run(*how, "--base", hub)
+    with pytest.raises(UserError, match="some/repository: no such folder"):
+        run(*how, "--base", "some/repository")
+    for dtype in ("float32", "bfloat16"):
+        assert run("export", "one", tmp_path / dtype, "--dtype", dtype) == 0
+        assert run("export", "two", tmp_path / f"{dtype}-peft", "--peft", "--base", tmp_path / dtype) == 0
+    assert not (tmp_path / "peft").exists()
+
+
+def test_a_peft_adapter_names_only_what_transformers_loads(hub, tmp_path, monkeypatch):
+    assert run("import", hub, tmp_path / "ours", "--dtype", "source") == 0
+    ours = adapter(str(tmp_path / "ours"), tmp_path / "lora")
+    how = ("export", tmp_path / "ours", tmp_path / "peft", "--adapter", ours, "--peft")
+    with pytest.raises(UserError, match="transformers cannot load the base .*ours; export it and name it"):
+        run(*how)
+    with pytest.raises(UserError, match="in the layout native; expected llava-hf"):
+        run(*how, "--base", tmp_path / "ours")
+    other = case.write_layout(tmp_path / "other", "hub", case.tensors(seed=1))
+    with pytest.raises(UserError, match="differs from what the adapters were trained on"):
+        run(*how, "--base", other)
+    assert run(*how, "--base", hub) == 0
+    # --feature-layer -2: the folder still runs all three layers
+    monkeypatch.setattr(training_run, "is_run", lambda path: path == "cut")
+
+    def open_run(path, *, dtype):
+        cut = with_feature_layer(load_model(hub, dtype=dtype), -2)
+        lora_of = LoRAConfig(rank=2, vision_tower=())
+        add_lora(cut.model, lora_of, jax.random.key(0))
+        cut.model.multi_modal_projector.linear_1.lora_B[...] += 1
+        base = {"path": hub, "layout": "llava-hf", "rebuild": None, "feature_layer": -2}
+        beside = cut.config, cut.anyres, cut.tokenizer_dir, base
+        return training_run.OpenRun(cut.model, *beside, run_config=Config(lora=lora_of))
+
+    monkeypatch.setattr(training_run, "open_run", open_run)
+    with pytest.raises(UserError, match="--feature-layer -2 cut the tower"):
+        run("export", "cut", tmp_path / "cut", "--peft")
+    with pytest.raises(UserError, match="another vision_feature_layer"):
+        run("export", "cut", tmp_path / "cut", "--peft", "--base", hub)
+    named = case.named(case.tensors(), "hub")
+    same = case.write(tmp_path / "same", case.hf_json(feature_layer=-2), named)
+    assert run("export", "cut", tmp_path / "cut", "--peft", "--base", same) == 0
+
+
+def test_an_export_stops_at_im_end_whatever_the_base_s_files_say(tmp_path, capsys):
+    """A base Qwen ends at <|endoftext|> only; what was trained writes <|im_end|>."""
+    config = case.hf_json()
+    config["text_config"] |= {"eos_token_id": 260, "pad_token_id": 261}
+    base = case.write(tmp_path / "base", config, case.named(case.tensors(), "hub"))
+    assert run("export", base, tmp_path / "hf", "--dtype", "source") == 0
+    read = [json.loads((tmp_path / "hf" / f"{n}.json").read_text()) for n in ("generation_config", "config")]
+    assert read[0]["eos_token_id"] == [262, 260] and read[1]["text_config"]["eos_token_id"] == 262
+    assert read[0]["pad_token_id"] == 261
+    assert run("verify", base, tmp_path / "hf") == 0
+
+
+def test_the_served_rounding_is_transformers_own(tmp_path, hub):
+    loaded = load_model(hub, dtype="float32")
+    policy = dataclasses.replace(loaded.anyres, rounding="original")
+    native.save(loaded.model, loaded.config, policy, tmp_path / "old", tokenizer_dir=loaded.tokenizer_dir)
+    assert run("export", tmp_path / "old", tmp_path / "hf", "--dtype", "source") == 0
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "`anyres_max_9, rounding original`" in card and "| 1125 x 1375 |" in card
+
+
+def test_export_needs_rows_for_the_slots_import_does_not(tmp_path, capsys):
+    """lmms-lab replaces <image> by -200 and reads no row of it; transformers does."""
+    neutral, config = case.tensors(), case.lmms_json() | {"vocab_size": 263}
+    neutral["text|embed_tokens.weight"] = neutral["text|embed_tokens.weight"][:263].copy()
+    folder = case.write_layout(tmp_path / "exact", "lmms-lab", neutral)
+    (folder / "config.json").write_text(json.dumps(config))
+    assert run("import", folder, tmp_path / "ours") == 0
+    with pytest.raises(UserError, match="<image> and <video> have ids up to 264, the embedding has 263 rows"):
+        run("export", folder, tmp_path / "hf")
 
 
 # ---- refusals ----

@@ -136,6 +136,11 @@ def test_several_deep_bands_are_never_cut_to_their_upper_bits(tmp_path):
         ("deep.png", deep_png(8, 4)),
         ("deep.tif", tiff(8, 4, 16)),
         ("alpha.tif", tiff(8, 4, 16, 4)),
+        ("deep.ppm", b"P6 8 4 65535\n" + bytes(8 * 4 * 6)),
+        ("twelve.ppm", b"P6 8 4 4095\n" + bytes(8 * 4 * 6)),
+        ("plain.ppm", b"P3 1 1 4095\n200 900 3000\n"),
+        ("deep.jp2", deep_jp2()),
+        ("deep.j2k", deep_jp2(no_jp2=True)),
     ):
         path = tmp_path / name
         path.write_bytes(data)
@@ -146,7 +151,21 @@ def test_several_deep_bands_are_never_cut_to_their_upper_bits(tmp_path):
                 with pytest.raises(UserError, match=f"{name}: several bands deeper than 8 bits"):
                     read(path, ImagePolicy(deep=deep))
     (tmp_path / "plain.tif").write_bytes(tiff(8, 4, 8))
-    assert images.load(tmp_path / "plain.tif").size == (8, 4)
+    (tmp_path / "eight.ppm").write_bytes(b"P6 8 4 200\n" + bytes(8 * 4 * 3))
+    for name in ("plain.jp2", "plain.j2k"):
+        data_case.picture(8, 4).save(tmp_path / name)
+    for name in ("plain.tif", "eight.ppm", "plain.jp2", "plain.j2k"):
+        assert images.load(tmp_path / name).size == images.size(tmp_path / name) == (8, 4)
+
+
+def deep_jp2(**how) -> bytes:
+    """An RGB JPEG 2000 file whose header says 16 bits a band (Pillow writes only 8)."""
+    file = io.BytesIO()
+    data_case.picture(8, 4).save(file, "JPEG2000", **how)
+    data = bytearray(file.getvalue())
+    siz = data.index(b"\xff\x4f\xff\x51")
+    data[siz + 42 : siz + 51 : 3] = b"\x0f" * 3
+    return bytes(data)
 
 
 def test_a_mosaic_that_is_too_large_is_refused_from_its_header(tmp_path, monkeypatch):
@@ -172,6 +191,21 @@ def test_camera_rotation_is_ignored_unless_asked_for(tmp_path, orientation):
         expected = ImageOps.exif_transpose(image)
     np.testing.assert_array_equal(np.asarray(images.load(path, turned)), np.asarray(expected))
     assert images.size(path, turned) == expected.size
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_tiff_is_turned_by_pillow_once(tmp_path, orientation):
+    """Its size too, in either policy: twice would end a run with "its image changed"."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = saved(tmp_path, data_case.picture(30, 20), "camera.tif", exif=exif)
+    with Image.open(path) as image:
+        expected = np.asarray(image.convert("RGB"))
+    for at in (images.DEFAULT, ImagePolicy(exif=True)):
+        assert images.size(path, at) == images.load(path, at).size
+        np.testing.assert_array_equal(np.asarray(images.load(path, at)), expected)
+        with Image.open(path) as image:  # not decoded yet
+            assert images.size(image, at) == images.load(image, at).size
 
 
 def test_damaged_files_are_named(tmp_path):

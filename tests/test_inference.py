@@ -233,3 +233,14 @@ def test_bad_options_are_named(values):
 def test_bad_requests_are_named_before_anything_runs(model, request_, message):
     with pytest.raises(UserError, match=message):
         next(engine(model).complete([Request([1]), request_], DecodeOptions(max_new_tokens=20)))
+
+
+def test_a_slot_id_behind_the_vocabulary_writes_the_same(model):
+    """96 rows, <image> is 96: the id stands for no row, in the prompt as in the repetition penalty."""
+    options = DecodeOptions(max_new_tokens=6, repetition_penalty=1.3)
+    behind = dataclasses.replace(CONFIG, image_token_id=CONFIG.text.vocab_size)
+    built = Engine(model, behind, TAU, batch_size=4)
+    found = answers(built, [Request([1, behind.image_token_id, 5, 7, 9], [picture(1)])], options)
+    # a seen <image> weakens only its own row, which the other vocabulary does not have: it is never best
+    assert found == answers(engine(model), [Request([1, IMAGE, 5, 7, 9], [picture(1)])], options)
+    assert IMAGE not in found[0]

@@ -232,6 +232,53 @@ def test_exported_template_gives_our_ids(folder, number):
         assert found["assistant_masks"] == (labels != chat.IGNORE).astype(int).tolist()
 
 
+LONE = [
+    "What is <image> this?",
+    "What?\n<image>",
+    "  <image> x ",
+    "a <image> b <image>",
+    "<image> x",
+    "a<image>",
+]
+
+
+@pytest.mark.parametrize("text", LONE)
+def test_a_lone_image_in_the_middle_moves_to_the_front(folder, text):
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), Tokenizer.load(folder)
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "an <image> b"}]
+    messages = (
+        [{"role": "user", "content": text}]
+        if text == LONE[0]
+        else messages[:1]
+        + [
+            {"role": "assistant", "content": "yes"},
+            {"role": "user", "content": text},
+        ]
+    )
+    found = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert found == chat.prompt(messages, ours).tolist()
+
+
+def test_tokens_that_are_not_special_stay_so(tmp_path):
+    """Qwen's <tool_call> is ordinary text to skip_special_tokens; here only tokenizer.json says so."""
+    from tokenizers import AddedToken
+    from tokenizers import Tokenizer as Library
+
+    loaded = case.model(tmp_path / "hub")
+    path = tmp_path / "hub" / "tokenizer.json"
+    library = Library.from_file(str(path))
+    library.add_tokens([AddedToken("<tool_call>", special=False, normalized=False)])
+    library.save(str(path))
+    given = {"tokenizer_dir": loaded.tokenizer_dir}
+    export.export_hf(loaded.model, loaded.config, loaded.anyres, tmp_path / "out", **given)
+    theirs, ours = (
+        transformers.AutoTokenizer.from_pretrained(tmp_path / "out"),
+        Tokenizer.load(tmp_path / "out"),
+    )
+    ids = [*ours.encode("a<tool_call>b"), ours.im_end]
+    assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids) == "a<tool_call>b"
+
+
 def parts(text: str) -> list[dict]:
     if text.startswith("<image>\n"):
         return [{"type": "image"}, {"type": "text", "text": text.removeprefix("<image>\n")}]

@@ -189,6 +189,7 @@ WRONG = {
         {"vision_config": case.vision_json() | {"image_size": 10**9}, "image_grid_pinpoints": None},
         "image_size / patch_size is 71428571",
     ),
+    "policy without a view": ({"vision_aspect_ratio": "anyres_max_0"}, "'anyres_max_0' is not implemented"),
     "vision act": ({"vision_config": case.vision_json() | {"hidden_act": "gelu"}}, "hidden_act 'gelu'"),
 }
 
@@ -209,6 +210,61 @@ def test_image_id_without_a_tokenizer_must_be_in_the_vocabulary(tmp_path):
     edit(folder, image_token_index=320)
     with pytest.raises(UserError, match="image_token_index 320 is outside the vocabulary of 320 rows"):
         load_model(folder)
+
+
+TEXT, ODD = case.text_json(), (None, "x", [], -1, 10**12, 1.5, True)
+MISTYPED = [("image_token_index", {"image_token_index": value}) for value in ODD]
+MISTYPED += [("video_token_index", {"video_token_index": value}) for value in ODD]
+MISTYPED += [(key, {key: value}) for key in ("text_config", "vision_config") for value in (None, "x", [], 3)]
+MISTYPED += [
+    ("rope_theta", {"text_config": TEXT | {"rope_theta": value}})
+    for value in (None, "x", 0, -1, float("nan"), float("inf"), True)
+]
+MISTYPED += [
+    ("rope_parameters", {"text_config": TEXT | {"rope_parameters": value}}) for value in ([], "x", 1)
+]
+MISTYPED += [
+    ("eos_token_id", {"text_config": TEXT | {"eos_token_id": value}}) for value in ("x", -1, 1.5, [1.5])
+]
+MISTYPED += [("tie_word_embeddings", {"tie_word_embeddings": value}) for value in (None, "x", 1)]
+MISTYPED += [("rms_norm_eps", {"text_config": TEXT | {"rms_norm_eps": True}})]
+
+
+@pytest.mark.parametrize(("key", "change"), MISTYPED, ids=str)
+def test_values_of_another_type(key, change, tmp_path):
+    folder = case.write_layout(tmp_path / "x", "hub", case.tensors())
+    edit(folder, **change)
+    with pytest.raises(UserError, match=f"config.json: {key} ") as caught:
+        open_source(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_values_of_another_type_in_the_files_beside(tmp_path):
+    folder = case.write_layout(tmp_path / "x", "hub", case.tensors())
+    for size in (None, [], "28", 29, {"height": "28"}):
+        settings = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": size}
+        (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+        with pytest.raises(UserError, match="preprocessor_config.json: size .* contradicts"):
+            open_source(folder)
+    (folder / "preprocessor_config.json").unlink()
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [262, 1.5]}))
+    with pytest.raises(UserError, match="generation_config.json: eos_token_id 1.5"):
+        open_source(folder)
+    lmms = case.write_layout(tmp_path / "y", "lmms-lab", case.tensors())
+    for name in (None, 7, "", []):
+        edit(lmms, mm_vision_tower=name)
+        with pytest.raises(UserError, match="mm_vision_tower .*expected a name or a folder"):
+            open_source(lmms)
+
+
+def test_a_vocabulary_may_end_before_the_slots(tmp_path):
+    """Their rows are read by nothing outside transformers: lmms-lab and Qwen folders need none."""
+    neutral = case.tensors()
+    neutral["text|embed_tokens.weight"] = neutral["text|embed_tokens.weight"][:263].copy()
+    folder = case.write_layout(tmp_path / "x", "lmms-lab", neutral)
+    edit(folder, vocab_size=263)
+    loaded = load_model(folder)
+    assert (loaded.config.image_token_id, loaded.config.text.vocab_size) == (263, 263)
 
 
 def test_clip_normalisation_is_refused(tmp_path):

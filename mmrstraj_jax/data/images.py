@@ -3,9 +3,9 @@ processor).
 
 File policy: 8-bit images of any PIL mode become RGB as PIL's `convert("RGB")` does it (alpha is dropped, not
 blended; CMYK and palettes are converted; the first frame of an animation counts). EXIF rotation is ignored
-unless asked for, as in the original. Deeper than 8 bits is refused unless a stretch is named (for one band:
-Pillow cannot read more): scaling reflectances blindly gives nearly black pictures. Size is checked from the
-header, before anything is decoded.
+unless asked for, as in the original; a TIFF's Pillow applies in either case. Deeper than 8 bits is refused
+unless a stretch is named (for one band: Pillow cannot read more): scaling reflectances blindly gives nearly
+black pictures. Size is checked from the header, before anything is decoded.
 """
 
 import io
@@ -41,6 +41,7 @@ if "PILLOW_BLOCKS_MAX" not in os.environ:
     Image.core.set_blocks_max(4)
 
 Source = str | os.PathLike | bytes  # bytes: the content of a file
+Picture = Image.Image | UInt8[np.ndarray, "h w 3"]  # decoded already
 
 
 def _name(source: Source) -> str:
@@ -77,7 +78,11 @@ def _open(source: Source, policy: ImagePolicy) -> Image.Image:
         raise UserError(
             f"{path}: {width}x{height} pixels, over the limit of {policy.max_pixels}; cut it into tiles first"
         )
-    if image.mode not in _DEEP_MODES and any(";16" in str(tile.args) for tile in image.tile):
+    try:
+        cut = image.mode not in _DEEP_MODES and _has_deep_bands(image)
+    except _UNREADABLE as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    if cut:
         image.close()  # Pillow would keep the upper 8 bits, and reflectances would be nearly black
         raise UserError(f"{path}: several bands deeper than 8 bits; convert it to 8-bit RGB with a stretch")
     if image.mode in _DEEP_MODES and policy.deep == "refuse":
@@ -89,9 +94,22 @@ def _open(source: Source, policy: ImagePolicy) -> Image.Image:
     return image
 
 
+def _has_deep_bands(image: Image.Image) -> bool:
+    """Whether the file's bands are deeper than the 8 bits that Pillow's mode has."""
+    if image.format == "JPEG2000":
+        image.fp.seek(0)
+        head = image.fp.read(1 << 20)
+        at = head.index(b"\xff\x4f\xff\x51")  # SOC and SIZ; ISO 15444-1, A.5.1: Csiz, then 3 bytes a band
+        bands = int.from_bytes(head[at + 40 : at + 42], "big")
+        return any((head[at + 42 + 3 * band] & 0x7F) + 1 > 8 for band in range(bands))
+    if image.format == "PPM":
+        return any(tile.codec_name != "raw" and tile.args[-1] > 255 for tile in image.tile)
+    return any(";16" in str(tile.args) for tile in image.tile)
+
+
 def _rotation(image: Image.Image, policy: ImagePolicy, name: object) -> int:
     """EXIF orientation 1..8, 1 when rotation is not asked for. PIL decodes a PNG to find it."""
-    if not policy.exif:
+    if not policy.exif or image.format == "TIFF":  # Pillow turns a TIFF itself, its size too
         return 1
     try:
         return image.getexif().get(_ORIENTATION, 1)
@@ -99,17 +117,29 @@ def _rotation(image: Image.Image, policy: ImagePolicy, name: object) -> int:
         raise UserError(f"{name}: damaged image or EXIF data ({error}); write it again") from error
 
 
-def size(source: Source, policy: ImagePolicy = DEFAULT) -> tuple[int, int]:
+def _picture(value: object) -> Image.Image:
+    """A decoded image as PIL's."""
+    if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.shape[2:] == (3,):
+        return Image.fromarray(value)
+    if isinstance(value, Image.Image):
+        return value
+    found = f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else type(value).__name__
+    raise UserError(f"image given as {found}: expected a path, a PIL image or an array uint8 [h, w, 3]")
+
+
+def size(source: Source | Picture, policy: ImagePolicy = DEFAULT) -> tuple[int, int]:
     """(width, height) that `load` will give, from the header alone.
 
     A file that lacks its format's end mark is decoded, to find truncated downloads before training does.
     Raises UserError naming the file.
     """
+    if not isinstance(source, Source):
+        image = _picture(source)
+        return image.size[::-1] if _rotation(image, policy, "image") in _TURNED else image.size
     with _open(source, policy) as image:
-        width, height = image.size
         if not _has_end_mark(source, image.format):
             _decode(image, _name(source))
-        return (height, width) if _rotation(image, policy, _name(source)) in _TURNED else (width, height)
+        return image.size[::-1] if _rotation(image, policy, _name(source)) in _TURNED else image.size
 
 
 def _has_end_mark(source: Source, image_format: str | None) -> bool:
@@ -132,20 +162,22 @@ def _decode(image: Image.Image, name: object) -> None:
         ) from error
 
 
-def load(source: Source | Image.Image, policy: ImagePolicy = DEFAULT) -> Image.Image:
+def load(source: Source | Picture, policy: ImagePolicy = DEFAULT) -> Image.Image:
     """An RGB image, decoded.
 
     Args:
-      source: a path, the content of a file, or a PIL image (converted by the same rules, its size trusted).
+      source: a path, the content of a file, a PIL image (converted by the same rules, its size trusted) or
+        an array.
     Raises:
       UserError: naming the file; missing, unknown format, damaged, above max_pixels, or deeper than 8 bits.
     """
-    if isinstance(source, Image.Image):
-        if source.mode in _DEEP_MODES and policy.deep == "refuse":
+    if not isinstance(source, Source):
+        image = _picture(source)
+        if image.mode in _DEEP_MODES and policy.deep == "refuse":
             raise UserError(
-                f'image of mode {source.mode}: more than 8 bits per band; convert it, or deep="stretch"'
+                f'image of mode {image.mode}: more than 8 bits per band; convert it, or deep="stretch"'
             )
-        return _to_rgb(source, policy, "image")
+        return _to_rgb(image, policy, "image")
     with _open(source, policy) as image:
         _decode(image, _name(source))
         return _to_rgb(image, policy, _name(source))

@@ -12,7 +12,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mmrstraj_jax import parallel
-from mmrstraj_jax.config import AnyResConfig, Config, ModelConfig
+from mmrstraj_jax.config import AnyResConfig, Config, ImagePolicy, ModelConfig
+from mmrstraj_jax.data import images
 from mmrstraj_jax.data.collate import Example
 from mmrstraj_jax.errors import UserError
 from mmrstraj_jax.inference import prompts
@@ -45,10 +46,12 @@ class Engine:
         *,
         batch_size: int = 8,
         mesh: Mesh | None = None,
+        image_policy: ImagePolicy = images.DEFAULT,
     ):
         """
         Args:
             config: its eos_token_ids end an answer.
+            image_policy: how files become pixels; a run must be asked with the one it was trained with.
             batch_size: most rows of a device; fewer are filled up to a power of two (few programs).
             mesh: the devices to use; default: all of this process.
         """
@@ -57,6 +60,7 @@ class Engine:
         self.decoder = Decoder(model, config.eos_token_ids, mesh or parallel.local_mesh())
         self.devices = self.decoder.mesh.size
         self.config, self.policy, self.batch_size = config, policy, batch_size
+        self.image_policy = image_policy
 
     def complete(self, requests: Sequence[Request], options: DecodeOptions) -> Iterator[Completion]:
         """Writes an answer for every request; the longest go first (what does not fit shows at once).
@@ -65,7 +69,9 @@ class Engine:
         Raises:
             UserError: naming the request; as prompts.measure, or prompt and budget exceed the positions.
         """
-        shapes = [prompts.measure(request, self.config, self.policy) for request in requests]
+        shapes = [
+            prompts.measure(request, self.config, self.policy, self.image_policy) for request in requests
+        ]
         for request, shape in zip(requests, shapes, strict=True):
             self._check_budget(request, shape.length, options)
         first: dict[tuple, int] = {}  # of the prompts about the same media: they stand together
@@ -87,7 +93,7 @@ class Engine:
 
     def stream(self, request: Request, options: DecodeOptions) -> Iterator[int]:
         """The ids of one answer, each as soon as it is written, the end token included."""
-        example = prompts.read(request, self.config, self.policy)
+        example = prompts.read(request, self.config, self.policy, image_policy=self.image_policy)
         self._check_budget(request, len(example.input_ids), options)
         for tokens in self._pieces([request], [example], [request.number or 0], options, chunk=1):
             yield int(tokens[0, 0])
@@ -103,7 +109,9 @@ class Engine:
 
     def _read(self, requests: Sequence[Request], batch: Sequence[int]) -> list[Example]:
         known: dict[tuple, np.ndarray] = {}
-        return [prompts.read(requests[at], self.config, self.policy, known) for at in batch]
+        return [
+            prompts.read(requests[at], self.config, self.policy, known, self.image_policy) for at in batch
+        ]
 
     def _pieces(self, requests, examples, numbers, options: DecodeOptions, **how):
         """Decoder.tokens of a batch, filled up with rows that write nothing."""
@@ -121,7 +129,9 @@ class Engine:
             view_buckets=view_buckets,
         )
         inputs = prompts.share_views(inputs, examples, self.devices)
-        ids = [request.ids for request in requests] + [[]] * spare
+        # A slot's id may lie behind the last row of the vocabulary: it is never looked up.
+        rows = self.config.text.vocab_size
+        ids = [[number for number in request.ids if number < rows] for request in requests] + [[]] * spare
         numbers, budgets = [*numbers, *[0] * spare], [*budgets, *[0] * spare]
         return self.decoder.tokens(inputs, ids, options, numbers=numbers, budgets=budgets, **how)
 

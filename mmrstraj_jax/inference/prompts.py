@@ -9,14 +9,14 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from mmrstraj_jax.config import AnyResConfig, ModelConfig
+from mmrstraj_jax.config import AnyResConfig, ImagePolicy, ModelConfig
 from mmrstraj_jax.data import anyres, images
 from mmrstraj_jax.data.anyres import Plan
 from mmrstraj_jax.data.collate import Example, Shape, Sizes, expand, model_inputs, row_shape
 from mmrstraj_jax.errors import UserError
 from mmrstraj_jax.models.mmrstraj import Inputs
 
-ImageLike = str | os.PathLike | Image.Image
+ImageLike = images.Source | images.Picture
 VideoLike = Sequence[ImageLike] | UInt8[np.ndarray, "F h w 3"]
 
 
@@ -38,16 +38,9 @@ class _Slot(NamedTuple):
     plan: Plan
 
 
-def frames_of(video: VideoLike) -> list[ImageLike]:
-    """The frames of a video: PIL images or paths as they are, arrays [F, h, w, 3] as PIL images."""
-    return [Image.fromarray(frame) if isinstance(frame, np.ndarray) else frame for frame in video]
-
-
-def _size(image: ImageLike) -> tuple[int, int]:
-    return image.size if isinstance(image, Image.Image) else images.size(image)
-
-
-def _slots(request: Request, config: ModelConfig, policy: AnyResConfig) -> list[_Slot]:
+def _slots(
+    request: Request, config: ModelConfig, policy: AnyResConfig, image_policy: ImagePolicy
+) -> list[_Slot]:
     """Every visual slot in order, with its plan; image files are opened, not decoded."""
     ids = np.asarray(request.ids)
     marks = [number for number in (config.image_token_id, config.video_token_id) if number is not None]
@@ -66,7 +59,7 @@ def _slots(request: Request, config: ModelConfig, policy: AnyResConfig) -> list[
                 f"expected one {kind} id ({number}) for each"
             )
     plans = {
-        "image": anyres.plan_row([_size(image) for image in media["image"]], 0, policy),
+        "image": anyres.plan_row([images.size(image, image_policy) for image in media["image"]], 0, policy),
         "video": [anyres.plan_video(len(video), policy) for video in media["video"]],
     }
     return [
@@ -87,7 +80,12 @@ def _check_ids(request: Request, config: ModelConfig) -> np.ndarray:
     return ids
 
 
-def measure(request: Request, config: ModelConfig, policy: AnyResConfig) -> Shape:
+def measure(
+    request: Request,
+    config: ModelConfig,
+    policy: AnyResConfig,
+    image_policy: ImagePolicy = images.DEFAULT,
+) -> Shape:
     """Views and tokens of a prompt (collate.Shape), from its ids and image headers.
 
     Raises:
@@ -95,7 +93,7 @@ def measure(request: Request, config: ModelConfig, policy: AnyResConfig) -> Shap
             tokens than the model has positions.
     """
     ids = _check_ids(request, config)
-    plans = [slot.plan for slot in _slots(request, config, policy)]
+    plans = [slot.plan for slot in _slots(request, config, policy, image_policy)]
     length = len(ids) + sum(plan.num_tokens - 1 for plan in plans)
     limit = config.text.max_position_embeddings
     if length > limit:
@@ -110,7 +108,7 @@ def media_key(request: Request) -> tuple:
     """Equal for prompts about the same files or objects in the same order."""
 
     def key(item):
-        if isinstance(item, (str, os.PathLike)):
+        if isinstance(item, images.Source):
             return os.fspath(item)
         return id(item) if isinstance(item, (Image.Image, np.ndarray)) else tuple(map(key, item))
 
@@ -118,29 +116,35 @@ def media_key(request: Request) -> tuple:
 
 
 def read(
-    request: Request, config: ModelConfig, policy: AnyResConfig, known: dict[tuple, np.ndarray] | None = None
+    request: Request,
+    config: ModelConfig,
+    policy: AnyResConfig,
+    known: dict[tuple, np.ndarray] | None = None,
+    image_policy: ImagePolicy = images.DEFAULT,
 ) -> Example:
     """Decodes the images of a prompt into views and expands its slots. Raises UserError as `measure`.
 
     Args:
         known: views by media_key; what is there is not decoded again, what is not is added.
     """
-    ids, slots = _check_ids(request, config), _slots(request, config, policy)
+    ids, slots = _check_ids(request, config), _slots(request, config, policy, image_policy)
     known, key = {} if known is None else known, media_key(request)
     if key not in known:
-        known[key] = _views(slots, policy)
+        known[key] = _views(slots, policy, image_policy)
     plans = tuple(slot.plan for slot in slots)
     expanded, starts, _ = expand(ids, [slot.position for slot in slots], plans, config.pad_token_id or 0)
     return Example(id=request.name, input_ids=expanded, views=known[key], plans=plans, starts=starts)
 
 
-def _views(slots: Sequence[_Slot], policy: AnyResConfig) -> UInt8[np.ndarray, "V S S 3"]:
+def _views(
+    slots: Sequence[_Slot], policy: AnyResConfig, image_policy: ImagePolicy
+) -> UInt8[np.ndarray, "V S S 3"]:
     views = [np.zeros((0, policy.view_size, policy.view_size, 3), np.uint8)]
     for slot in slots:
         if slot.plan.kind == "video":
-            pixels = [images.load(frame) for frame in frames_of(slot.media)]
+            pixels = [images.load(frame, image_policy) for frame in slot.media]
         else:
-            pixels = images.load(slot.media)
+            pixels = images.load(slot.media, image_policy)
         views.append(images.views(pixels, slot.plan, policy.view_size))
     return np.concatenate(views)
 

@@ -6,7 +6,7 @@ Everything is written to a temporary folder beside the target, read back, compar
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -89,7 +89,7 @@ def serving_policy(trained: AnyResConfig, name: str | None) -> AnyResConfig:
             "anyres policy 'tau' cannot be expressed by transformers or vLLM; name what they shall use, e.g. "
             "--serving-policy anyres_max_9 (other token counts than in training: the model card will say so)"
         )
-    served = replace(trained, policy=name or trained.policy)
+    served = replace(trained, policy=name or trained.policy, rounding="hf")  # they know no other
     if served.policy == "tau":
         raise UserError(
             "--serving-policy tau: transformers and vLLM cannot express it; expected e.g. anyres_max_9"
@@ -137,7 +137,14 @@ def export_hf(
         raise UserError(
             "export needs a tokenizer; put tokenizer.json beside the weights, or name --tokenizer DIR"
         )
-    config = _with_ids(config, tokenizer_dir)
+    config = with_ids(config, tokenizer_dir)
+    last = max(config.image_token_id, config.video_token_id)
+    if last >= config.text.vocab_size:
+        raise UserError(
+            f"{tokenizer_dir}: <image> and <video> have ids up to {last}, the embedding has "
+            f"{config.text.vocab_size} rows, and transformers looks them up; export needs a model with spare "
+            "rows, as Qwen's have"
+        )
     embedding = model.language_model.embed_tokens.weight
     dtype = np.dtype(dtype or embedding.dtype)
     outputs, pairs = [], []
@@ -164,11 +171,15 @@ def export_hf(
     return Exported(Path(directory), len(outputs), len(pairs), num_unchanged)
 
 
-def _with_ids(config: ModelConfig, tokenizer_dir: Path) -> ModelConfig:
-    """The tokenizer's ids for the slots (they must agree), and for what the model's own files left open."""
+def with_ids(config: ModelConfig, tokenizer_dir: Path) -> ModelConfig:
+    """The tokenizer's ids for the slots (they must agree), and for what the model's own files left open.
+
+    <|im_end|> comes first of the ids that end an answer: a base Qwen's files lack it, training teaches it.
+    """
     bound = bind_token_ids(config, Tokenizer.load(tokenizer_dir))
-    eos, pad = config.eos_token_ids or bound.eos_token_ids, config.pad_token_id
-    return replace(bound, eos_token_ids=eos, pad_token_id=bound.pad_token_id if pad is None else pad)
+    eos = tuple(dict.fromkeys((*bound.eos_token_ids, *config.eos_token_ids)))
+    pad = bound.pad_token_id if config.pad_token_id is None else config.pad_token_id
+    return replace(bound, eos_token_ids=eos, pad_token_id=pad)
 
 
 def _check_merge(pairs: list[tuple[str, Output, Output]]) -> int:
@@ -311,6 +322,25 @@ def export_peft(
                         f"{folder}: {tensor.name} was not written as intended; check the disk and repeat"
                     )
     return Exported(Path(directory), len(outputs), len(modules), 0)
+
+
+def check_base(folder: str, outputs: Iterable[Output], config: ModelConfig) -> None:
+    """An error unless transformers would load these tensors, bit for bit in their dtype, from the folder."""
+    source, problem = open_source(folder), None
+    if source.layout != "llava-hf":
+        problem = f"is in the layout {source.layout}; expected llava-hf, which transformers loads"
+    elif (source.config.vision, source.config.text) != (config.vision, config.text):
+        problem = "has other sizes, or another vision_feature_layer, than the base of the adapters"
+    with Reader() as reader:
+
+        def differs(output: Output) -> bool:
+            entry = source.tensors[output.name]
+            return reader.read(entry, output.dtype).tobytes() != output.make().tobytes()
+
+        if problem is None and (wrong := next(filter(differs, outputs), None)):
+            problem = f"{wrong.name} differs from what the adapters were trained on"
+    if problem:
+        raise UserError(f"--base {folder}: {problem}; name the right one, or export merged, without --peft")
 
 
 def _runtime_modules(module: str, num_layers: int, runtime: str) -> list[str]:

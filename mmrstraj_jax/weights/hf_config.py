@@ -5,8 +5,8 @@ that our model does not implement is an error that names its key; a key that a c
 default of the transformers class, because transformers omits such keys when it saves a nested config.
 """
 
+import math
 import re
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,24 +97,24 @@ def describe(folder: Path) -> Described:
     layout = detect_layout(config, where)
     generation = optional_json(folder / "generation_config.json")
     if layout == "siglip":
-        raw = config.get("vision_config", config)
+        raw = _object(where, config, "vision_config", config)
         vision, num_layers = _vision(raw, where, features=-2)
         return Described(layout, vision, None, None, num_layers, None, None, None, (), None)
     if layout == "llava-hf":
-        raw_text = config.get("text_config", {})
+        raw_text = _object(where, config, "text_config", {})
         _require(where, config, "projector_hidden_act", "gelu", default="gelu")
         _require(where, config, "multimodal_projector_bias", True, default=True)
         _require(where, config, "vision_feature_select_strategy", "full", default="full")
         layer = config.get("vision_feature_layer", -1)
-        vision, num_layers = _vision(config.get("vision_config", {}), where, features=layer)
+        vision, num_layers = _vision(_object(where, config, "vision_config", {}), where, features=layer)
         pinpoints = config.get("image_grid_pinpoints")
         anyres = _anyres(where, config.get("vision_aspect_ratio", "anyres_max_9"), pinpoints, vision, "hw")
-        tied = _tied(config, raw_text)
+        tied = _tied(where, config, raw_text)
         image = config.get("image_token_index", config.get("image_token_id", 151646))
         video = config.get("video_token_index", config.get("video_token_id", 151647))
         _check_preprocessor(folder, vision)
     elif layout == "lmms-lab":
-        raw_text, tied, image, video = config, _tied(config), None, None
+        raw_text, tied, image, video = config, _tied(where, config), None, None
         _require(where, config, "mm_projector_type", "mlp2x_gelu")
         _require(where, config, "mm_patch_merge_type", "spatial_unpad")
         _require(where, config, "mm_newline_position", "one_token", default="one_token")
@@ -123,19 +123,24 @@ def describe(folder: Path) -> Described:
         pinpoints = config.get("image_grid_pinpoints")
         anyres = _anyres(where, config.get("image_aspect_ratio"), pinpoints, vision, "wh")
     else:
-        raw_text, tied, image, video = config, _tied(config), None, None
+        raw_text, tied, image, video = config, _tied(where, config), None, None
         vision, anyres, num_layers = None, None, 0
     text = _text(raw_text, where)
-    eos = _as_ids(generation.get("eos_token_id", raw_text.get("eos_token_id")))
+    eos = generation.get("eos_token_id", raw_text.get("eos_token_id"))
+    eos = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
     pad = generation.get("pad_token_id", raw_text.get("pad_token_id", config.get("pad_token_id")))
+    # Only llava-hf's own ids: in the others no row is read for a slot, and there may be none.
+    ids = [("image_token_index", image), ("video_token_index", video)] if layout == "llava-hf" else []
+    ids += [("eos_token_id", number) for number in eos]
+    for key, value in ids if pad is None else [*ids, ("pad_token_id", pad)]:
+        if type(value) is not int or not 0 <= value < text.vocab_size:
+            file = folder / "generation_config.json" if key in generation else where
+            raise UserError(
+                f"{file}: {key} {value!r} is outside the vocabulary of {text.vocab_size} rows; correct it"
+            )
     tokenizer = find_tokenizer(folder)
     if tokenizer is not None:
         image, video, eos, pad = _from_tokenizer(tokenizer, where, layout, image, video, eos, pad)
-    for key, value in (("image_token_index", image), ("video_token_index", video)):
-        if value is not None and not 0 <= value < text.vocab_size:
-            raise UserError(
-                f"{where}: {key} {value} is outside the vocabulary of {text.vocab_size} rows; correct it"
-            )
     return Described(layout, vision, text, anyres, num_layers, tied, image, video, eos, pad)
 
 
@@ -195,37 +200,47 @@ def _text(raw: dict, where: Path) -> TextConfig:
     _require(where, raw, "hidden_act", "silu", default="silu")
     _require(where, raw, "use_sliding_window", False, default=False)
     _require(where, raw, "rope_scaling", None, default=None)
-    rope = raw.get("rope_parameters") or {}  # transformers 5
+    rope = {} if raw.get("rope_parameters") is None else _object(where, raw, "rope_parameters", {})
     _require(where, rope, "rope_type", "default", default="default")
     sizes = _sizes(raw, _TEXT_DEFAULTS, where)
     heads = sizes["num_attention_heads"]
     head_dim = raw.get("head_dim") or sizes["hidden_size"] // heads
     split = "head_dim" in raw or head_dim * heads == sizes["hidden_size"]
-    if type(head_dim) is not int or head_dim % 2 or not split or heads % sizes["num_key_value_heads"]:
+    if (
+        type(head_dim) is not int
+        or head_dim < 1
+        or head_dim % 2
+        or not split
+        or heads % sizes["num_key_value_heads"]
+    ):
         raise UserError(
             f"{where}: hidden_size, num_attention_heads, num_key_value_heads and head_dim do not fit"
         )
-    theta = float(rope.get("rope_theta", raw.get("rope_theta", 10000.0)))
-    return TextConfig(**sizes, head_dim=head_dim, rope_theta=theta)
+    theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
+    if type(theta) not in (int, float) or not 0 < theta < math.inf:
+        raise UserError(f"{where}: rope_theta {theta!r}; expected a positive number")
+    return TextConfig(**sizes, head_dim=head_dim, rope_theta=float(theta))
 
 
 def _sizes(raw: dict, defaults: dict, where: Path) -> dict:
     sizes = {key: raw.get(key, default) for key, default in defaults.items()}
     for key, default in defaults.items():
-        good = isinstance(sizes[key], int | float) if isinstance(default, float) else type(sizes[key]) is int
+        good = type(sizes[key]) in (int, float) if isinstance(default, float) else type(sizes[key]) is int
         if not good or not 0 < sizes[key] < 2**31:
             raise UserError(f"{where}: {key} {sizes[key]!r}; expected a positive {type(default).__name__}")
     return sizes
 
 
-def _tied(*configs: dict) -> bool | None:
+def _tied(where: Path, *configs: dict) -> bool | None:
     # Old files keep the flag in text_config, and transformers 5 copies it up: one true is enough.
     values = [config["tie_word_embeddings"] for config in configs if "tie_word_embeddings" in config]
+    if not all(type(value) is bool for value in values):
+        raise UserError(f"{where}: tie_word_embeddings {values}; expected true or false")
     return any(values) if values else None
 
 
 def _anyres(where: Path, policy: object, pinpoints: object, vision: VisionConfig, order: str) -> AnyResConfig:
-    if not isinstance(policy, str) or not re.fullmatch(r"anyres_max_\d+", policy):
+    if not isinstance(policy, str) or not re.fullmatch(r"anyres_max_[1-9]\d*", policy):
         raise UserError(f"{where}: aspect ratio policy {policy!r} is not implemented; expected anyres_max_N")
     base = AnyResConfig(policy=policy).for_views(vision.image_size, vision.patch_size)
     if pinpoints is None:
@@ -254,11 +269,13 @@ def _anyres(where: Path, policy: object, pinpoints: object, vision: VisionConfig
     )
 
 
-def _named_tower(name: str, folder: Path) -> dict:
+def _named_tower(name: object, folder: Path) -> dict:
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{folder / 'config.json'}: mm_vision_tower {name!r}; expected a name or a folder")
     local = Path(name) if Path(name).is_absolute() else folder / name
     if (local / "config.json").is_file():
         config = read_json(local / "config.json")
-        return config.get("vision_config", config)
+        return _object(local / "config.json", config, "vision_config", config)
     for known, sizes in _NAMED_TOWERS.items():
         if name.rstrip("/").endswith(known):
             return sizes
@@ -278,12 +295,9 @@ def _check_preprocessor(folder: Path, vision: VisionConfig) -> None:
                 f"{path}: {key} {settings.get(key)}; expected [0.5, 0.5, 0.5], what SigLIP was trained on"
             )
     size = settings.get("size", {})
-    sides = (
-        {size}
-        if isinstance(size, int)
-        else {size.get(k) for k in ("height", "width", "shortest_edge")} - {None}
-    )
-    if sides and sides != {vision.image_size}:
+    keys = ("height", "width", "shortest_edge")
+    sides = [size[k] for k in keys if size.get(k) is not None] if isinstance(size, dict) else [size]
+    if any(side != vision.image_size for side in sides):
         raise UserError(f"{path}: size {size} contradicts the tower's image_size {vision.image_size}")
 
 
@@ -309,8 +323,11 @@ def _from_tokenizer(folder: Path, where: Path, layout: str, image, video, eos, p
     )
 
 
-def _as_ids(value: int | Collection[int] | None) -> tuple[int, ...]:
-    return () if value is None else (value,) if isinstance(value, int) else tuple(value)
+def _object(where: Path, raw: dict, key: str, default: dict) -> dict:
+    value = raw.get(key, default)
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: {key} {value!r:.40}; expected an object")
+    return value
 
 
 def _require(where: Path, raw: dict, key: str, expected: object, **default: object) -> None:

@@ -11,11 +11,10 @@ from jaxtyping import Float
 
 from mmrstraj_jax import settings
 from mmrstraj_jax.config import AnyResConfig, ModelConfig
-from mmrstraj_jax.data.tokenizer import Tokenizer, bind_token_ids
 from mmrstraj_jax.errors import UserError
 from mmrstraj_jax.models.mmrstraj import MMRSTraj, init_model
 from mmrstraj_jax.weights import layouts
-from mmrstraj_jax.weights.export import merged_slices
+from mmrstraj_jax.weights.export import merged_slices, with_ids
 from mmrstraj_jax.weights.files import list_tensors
 from mmrstraj_jax.weights.load import Source, check, leaf_shapes, open_source
 from mmrstraj_jax.weights.safetensors_io import Job, Reader
@@ -97,10 +96,8 @@ def tensors_of_files(path: str | Path, reader: Reader) -> Tensors:
 
 
 def _with_ids(config: ModelConfig, tokenizer_dir: Path | None) -> ModelConfig:
-    """Our own format may leave token ids to the tokenizer beside the weights; an export states them."""
-    if config.image_token_id is None and tokenizer_dir is not None:
-        return bind_token_ids(config, Tokenizer.load(tokenizer_dir))
-    return config
+    """A model's own files may leave token ids to the tokenizer beside the weights; an export states them."""
+    return config if tokenizer_dir is None else with_ids(config, tokenizer_dir)
 
 
 def tensors_of_model(
