@@ -12,7 +12,7 @@ SOURCE, A and B: a run directory, a folder in our format, of llava-hf or of lmms
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +62,9 @@ def _parser() -> _Parser:
     command.add_argument("a")
     command.add_argument("b")
     command.add_argument("--adapter", help="adapter folder that belongs to A")
+    command.add_argument(
+        "--serving-policy", help="of the export B, if it was made with one: A is asked so too"
+    )
     command.add_argument(
         "--dtype", choices=DTYPES, default="bfloat16", help="a run or adapter is rounded to it"
     )
@@ -212,6 +215,9 @@ def _verify(args: argparse.Namespace) -> int:
             dtype = np.dtype(found.model.language_model.embed_tokens.weight.dtype)
             sizes = found.config, found.anyres
             sides.append(verify.tensors_of_model(path, found.model, *sizes, dtype, found.tokenizer_dir))
+        if args.serving_policy is not None:
+            served = export.serving_policy(sides[0].anyres, args.serving_policy)
+            sides[0] = replace(sides[0], anyres=served)
         rows = verify.compare(*sides)
     print(verify.table(rows, args.tolerance))
     same = all(row.is_equal(args.tolerance) for row in rows)

@@ -84,6 +84,17 @@ def test_verify_sees_nan_and_other_settings(hub, tmp_path, capsys):
     assert "grid_pinpoints" in out and "nan" in out
 
 
+def test_verify_confirms_an_export_with_a_policy_of_its_own(hub, tmp_path, capsys):
+    assert run("import", hub, tmp_path / "ours", "--dtype", "source") == 0
+    path = tmp_path / "ours" / "config.json"
+    path.write_text(path.read_text().replace('"policy": "anyres_max_9"', '"policy": "tau"'))
+    served = ("--serving-policy", "anyres_max_4")
+    assert run("export", tmp_path / "ours", tmp_path / "hf", "--dtype", "source", *served) == 0
+    assert run("verify", tmp_path / "ours", tmp_path / "hf") == 1
+    assert "policy" in capsys.readouterr().out
+    assert run("verify", tmp_path / "ours", tmp_path / "hf", *served) == 0
+
+
 def test_verify_leaves_out_extra_vocabulary_rows_only(hub, tmp_path, capsys):
     neutral = case.tensors()
     neutral["text|embed_tokens.weight"] = neutral["text|embed_tokens.weight"][:300].copy()

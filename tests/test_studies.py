@@ -215,10 +215,16 @@ def test_people_grade_without_seeing_names(tmp_path, capsys):
         rubric.read_sheet(sheet)
 
 
+def test_an_ablation_with_a_bad_value_trains_nothing(tmp_path, capfd):
+    with pytest.raises(UserError, match="--anyres.tau -5.0 .*--print-config: exit code 2"):
+        evaluate.main(["ablation", "--task", "rsieval-vqa", "--tau", "-5", "--out", str(tmp_path / "out")])
+    assert "anyres.tau -5.0: expected" in capfd.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_the_ablation_runs_the_ordinary_commands_a_factor_at_a_time(tmp_path, monkeypatch, capsys):
     calls = []
 
-    def run(name, *args):
+    def run(name, *args, quiet=False):
         calls.append((name, args))
         if name == "evaluate":
             folder = args[args.index("--out") + 1]
@@ -230,6 +236,8 @@ def test_the_ablation_runs_the_ordinary_commands_a_factor_at_a_time(tmp_path, mo
     args = ["--task", "rsieval-vqa", "--tau", "500", "--feature-layer", "-1", "--lora", "projector"]
     assert evaluate.main(["ablation", *args, "--out", str(tmp_path / "out"), "--train", "--steps", "5"]) == 0
     trained = [" ".join(args) for name, args in calls if name == "train"]
+    checked, trained = trained[:4], trained[4:]  # every variant's options before the first run
+    assert all(text.endswith("--steps 5 --print-config") for text in checked)
     assert len(trained) == 4 and all(text.endswith("--steps 5") for text in trained)
     assert "--anyres.tau 500" in trained[1] and "--lora.vision_tower --steps" in trained[3]
     assert "+50.0" in capsys.readouterr().out and (tmp_path / "out" / "report.html").exists()

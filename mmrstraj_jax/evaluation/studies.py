@@ -202,6 +202,8 @@ def ablation(args: list[str]) -> int:
     points |= {f"feature layer {v}": ["--feature-layer", str(v)] for v in options.feature_layer}
     other = {"vision_tower": "projector", "projector": "vision_tower"}
     points |= {f"LoRA on {part} alone": [f"--lora.{other[part]}"] for part in options.lora}
+    for changes in points.values():  # a bad value shows before hours of training, not after them
+        _run("train", "--config", options.config, *changes, *options.train, "--print-config", quiet=True)
     results = []
     for name, changes in points.items():
         run = options.out / "runs" / name.replace(" ", "-")
@@ -232,8 +234,9 @@ def ablation(args: list[str]) -> int:
     return 0
 
 
-def _run(name: str, *args: str) -> None:
+def _run(name: str, *args: str, quiet: bool = False) -> None:
     """One of our commands, in a process of its own. Raises UserError where it fails; it has said why."""
-    done = subprocess.run([sys.executable, "-m", f"mmrstraj_jax.{name}", *args])
+    output = subprocess.DEVNULL if quiet else None
+    done = subprocess.run([sys.executable, "-m", f"mmrstraj_jax.{name}", *args], stdout=output)
     if done.returncode:
         raise UserError(f"mmrstraj_jax.{name} {' '.join(args)}: exit code {done.returncode}; see above")
