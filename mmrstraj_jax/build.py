@@ -19,6 +19,7 @@ A config is a TOML file with a table per step; options win over it. A step that 
 killed one goes on, one with other settings is refused. Keys come from the environment only.
 """
 
+import difflib
 import sys
 import tomllib
 from collections.abc import Callable
@@ -86,6 +87,11 @@ def _words(path: str, step: str) -> tuple[list[str], set[str]]:
     for name, table in tables.items():
         if name not in STEPS or not isinstance(table, dict):
             raise UserError(f"--config {path}: [{name}] is no step; expected tables {', '.join(STEPS)}")
+        known = settings.leaf_fields(type(getattr(Build(), name.replace("-", "_"))))
+        for key in (word[2:] for word in _flat(table, "") if word.startswith("--")):
+            if key.replace("-", "_") not in known:
+                (best,) = difflib.get_close_matches(key, known, 1, 0.0)
+                raise UserError(f"--config {path}: [{name}] has no setting {key}; did you mean {best}?")
     chosen = tables if step == "all" else tables.get(step, {})
     return list(_flat(chosen, "")), set(tables)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mmrstraj_jax.errors import UserError
-from mmrstraj_jax.evaluation import score, tasks
+from mmrstraj_jax.evaluation import readers, score, tasks
 from mmrstraj_jax.synthcity import bench, traffic
 from mmrstraj_jax.synthcity.questions import GENERAL
 from mmrstraj_jax.synthcity.sample import SPLITS, city_seed
@@ -29,6 +29,17 @@ def test_it_is_as_published(folder):
     assert min(bench.counts(rows).values()) >= 50
     with pytest.raises(UserError, match="entries"):
         bench.check({name: ["0" * 16, d[1]] for name, d in bench.published()["digests"].items()})
+
+
+def test_help_says_which_task_reads_what_it_writes(folder, capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "in RSIEval's schema plus eight types; read by --task synthtraffic-bench" in shown
+    assert len(bench.published()["questions"].keys() - set(readers.RSIEVAL_TYPES)) == 8
+    assert len(tasks.TASKS["synthtraffic-bench"].load(folder, None)) == 2761
+    with pytest.raises(UserError, match="expected one of"):
+        tasks.TASKS["rsieval-vqa"].load(folder, None)
 
 
 def test_no_city_is_trained_on():

@@ -248,7 +248,44 @@ def test_names_of_places_cannot_steer_the_answers(built, world, model, tmp_path)
         (["trajectories", "--out", "o"], "--source: expected FORMAT:PATH"),
         (["trajectories", "--out", "o", "--source", "kml:x"], "FORMAT one of geolife"),
         (["imagery", "--out", "o"], "run the step before this one first"),
-        (["rsi-traffic", "--out", "o", "--basic", "1.5"], "expected a probability"),
+        (["rsi-traffic", "--out", "o", "--basic", "1.5"], "--basic 1.5: expected 0 to 1"),
+        (["rsi-traffic", "--prompt-price", "-1", "--plan"], "--prompt-price -1.0: expected 0 or more"),
+        (["rsi-traffic", "--completion-price", "-1"], "--completion-price -1.0: expected 0 or more"),
+        (["rsi-traffic", "--max-cost", "-1"], "--max-cost -1.0: expected 0 or more"),
+        (["rsi-traffic", "--image-tokens", "-1"], "--image-tokens -1: expected 0 or more"),
+        (["rsi-traffic", "--temperature", "-3", "--plan"], "--temperature -3.0: expected 0 to 2"),
+        (["rsi-traffic", "--seed", "-1"], "--seed -1: expected 0 to 2147483647"),
+        (["rsi-traffic", "--tries", "0"], "--tries 0: expected 1 or more"),
+        (["rsi-instruct", "--second", "2"], "--second 2.0: expected 0 to 1"),
+        (["rsi-instruct", "--limit", "-1"], "--limit -1: expected 0 or more"),
+        (["rsi-instruct", "--concurrency", "0"], "--concurrency 0: expected 1 or more"),
+        (["trajectories", "--total", "-5"], "--total -5: expected 1 or more"),
+        (["trajectories", "--total", "0"], "--total 0: expected 1 or more"),
+        (["trajectories", "--utc-offset", "80"], "--utc-offset 80.0: expected -12 to 14"),
+        (["trajectories", "--cleaning.max-speed", "-1"], "--cleaning.max-speed -1.0: expected 0 or more"),
+        (["trajectories", "--cleaning.min-points", "0"], "--cleaning.min-points 0: expected 1 or more"),
+        (["trajectories", "--cleaning.spike-turn", "200"], "--cleaning.spike-turn 200.0: expected 0 to 180"),
+        (["trajectories", "--cleaning.box", "1", "2"], "--cleaning.box .*expected west, south, east, north"),
+        (["imagery", "--size", "-5"], "--size -5: expected 1 to 16384"),
+        (["imagery", "--size", "0"], "--size 0: expected 1 to 16384"),
+        (["imagery", "--margin", "-1", "--extent"], "--margin -1: expected 0 to 16384"),
+        (["imagery", "--interval", "-1"], "--interval -1.0: expected 0 or more"),
+        (["imagery", "--step", "0"], "--step 0.0: expected 1 or more"),
+        (["imagery", "--zooms", "18", "30"], "--zooms 30: expected 0 to 24"),
+        (["quality", "--duplicate-bits", "-1"], "--duplicate-bits -1: expected 0 to 256"),
+        (["quality", "--max-cloud", "30"], "--max-cloud 30.0: expected 0 to 1"),
+        (["quality", "--min-score", "-1"], "--min-score -1.0: expected 0 to 10"),
+        (["quality", "--min-points", "-1"], "--min-points -1: expected 0 or more"),
+        (["quality", "--place-zoom", "25"], "--place-zoom 25: expected 0 to 24"),
+        (["quality", "--test-share", "-1"], "--test-share -1.0, .*expected 0 to below 1"),
+        (["quality", "--test-share", "-0.1", "--val-share", "0.2"], "--test-share -0.1, .*0 to below 1"),
+        (["quality", "--test-share", "0.5", "--val-share", "0.5"], "0 to below 1, also in sum"),
+        (["trajectories", "--out", "o", "--source", "csv:x", "--quotas", "P=-5"], "--quotas P=-5: expected"),
+        (
+            ["trajectories", "--out", "o", "--source", "csv:x", "--quotas", "P=2.5"],
+            "--quotas P=2.5: expected",
+        ),
+        (["trajectories", "--out", "o", "--source", "csv:x", "--regions", "P=nan:1:2:3"], "in degrees"),
         (["rsi-instruct", "--out", "o"], "--captions"),
         (["all", "--out", "o", "--config", "absent.toml"], "expected a TOML file"),
     ],
@@ -258,6 +295,30 @@ def test_mistakes_are_one_line(words, message, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=message) as caught:
         build.main(words)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "[quality]\nplace_zom = 16\n",
+            r"city.toml: \[quality\] has no setting place_zom; did you mean place_zoom\?",
+        ),
+        (
+            "[trajectories.cleaning]\nmax_sped = 3.0\n",
+            "setting cleaning.max_sped; did you mean cleaning.max_speed",
+        ),
+        ("[rsi-traffic]\nmodle = 'm'\n", r"\[rsi-traffic\] has no setting modle; did you mean model\?"),
+    ],
+)
+@pytest.mark.parametrize("step", ["all", "imagery"])
+def test_a_typo_in_the_config_is_named_with_file_and_table(text, message, step, tmp_path):
+    path = tmp_path / "city.toml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        build.main([step, "--out", str(tmp_path / "o"), "--config", str(path)])
+    path.write_text("[quality]\nplace-zoom = 16\ntest_share = 0.2\n")
+    assert build.main([step, "--config", str(path), "--print-config"]) == 0
 
 
 def test_help_names_every_setting(capsys):

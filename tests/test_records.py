@@ -44,7 +44,16 @@ def test_json_list_and_json_lines_hold_the_same_rows(root):
     assert [row.kind for row in listed.rows] == ["image", "image", "text"]
     assert [row.line for row in listed.rows] == [0, 1, 2] and [row.line for row in lines.rows] == [1, 2, 3]
     assert listed.rows[1].image_paths() == [root / "sub" / "b.png"]
-    assert "row 1 (id row1)" in listed.rows[1].where and "line 2 (id row1)" in lines.rows[1].where
+    assert listed.rows[1].where == f"{root}/rows.json: row 1 (counted from 0) (id row1)"
+    assert "rows.jsonl: line 2 (id row1)" in lines.rows[1].where
+
+
+def test_a_bad_row_of_a_list_is_named_by_file_and_count(root):
+    (root / "rows.json").write_text(json.dumps([GOOD, GOOD, {"id": "bad"}]))
+    again, bad = sorted(records.load(str(root / "rows.json")).problems, key=lambda problem: problem.line)
+    assert str(bad).startswith(f"{root}/rows.json: row 2 (counted from 0): conversations")
+    assert records.rowfiles.place("a/b.array_record", 2) == "a/b.array_record: record 2 (counted from 0)"
+    assert f"already used in {root}/rows.json: row 0 (counted from 0);" in again.message
 
 
 def test_byte_order_mark_crlf_and_blank_lines_are_tolerated(root):

@@ -103,6 +103,21 @@ def test_one_of_several_trips_is_named(world, tmp_path):
     assert record["trip"] == "b" and record["fixes"]["read"] == 20
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("size", -5, "--size -5: expected 1 to 16384"),
+        ("size", 0, "--size 0: expected 1 to 16384"),
+        ("margin", -1, "--margin -1: expected 0 to 16384"),
+        ("zoom", 30, "--zoom 30: expected 0 to 24"),
+        ("interval", -1.0, "--interval -1.0: expected 0 or more"),
+    ],
+)
+def test_numbers_out_of_range_are_named(name, value, message):
+    with pytest.raises(UserError, match=message):
+        TripImage(**{name: value})
+
+
 def test_a_trip_without_good_fixes_says_what_was_dropped(world, tmp_path):
     path = write_plt(tmp_path / "null.plt", np.zeros(9), np.zeros(9))
     with pytest.raises(UserError, match="no usable fix of trip .*'invalid position': 9"):

@@ -257,9 +257,15 @@ def test_bad_arguments_are_user_errors(tmp_path):
     for arguments, word in (
         (("tdrive", make_city(1), 5), "format"),
         (("porto", make_city(1), 0), "trips"),
+        (("porto", make_city(1), 5, -1), "--seed -1"),
     ):
         with pytest.raises(UserError, match=word):
             traces.write(tmp_path, *arguments)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="not an empty folder"):
         traces.write(tmp_path, "porto", make_city(1), 5)
+    for words in (("--lat", "100"), ("--lat", "90"), ("--lon", "999"), ("--lat", "nan"), ("--city", "-1")):
+        name = "seed" if words[0] == "--city" else words[0][2:]
+        with pytest.raises(UserError, match=f"{name} {words[1]}.*lat -85 to 85, lon -180 to 180"):
+            traces.main(["--format", "porto", "--out", str(tmp_path / "new"), "--trips", "1", *words])
+    assert not (tmp_path / "new").exists()

@@ -4,6 +4,7 @@ Files are read twice, once to know every trip's region and stratum and once to w
 candidates (the paper's 70,000) never have to fit into memory.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from mmrstraj_jax.construction import readers
 from mmrstraj_jax.construction.cleaning import Cleaning, clean
 from mmrstraj_jax.construction.files import lines_writer, read_lines
 from mmrstraj_jax.construction.manifest import Step
+from mmrstraj_jax.construction.ranges import check, is_box
 from mmrstraj_jax.construction.trajectories import (
     REGIONS,
     Report,
@@ -47,6 +49,10 @@ class Trajectories:
     seed: int = 0
     cleaning: Cleaning = Cleaning()
 
+    def __post_init__(self):
+        check(self, 1, math.inf, "total")
+        check(self, -12, 14, "utc_offset")
+
 
 def run(folder: Path, config: Trajectories) -> None:
     """Writes trips.jsonl: a row per trip with id, region, stratum, source and its fixes.
@@ -58,8 +64,11 @@ def run(folder: Path, config: Trajectories) -> None:
         raise UserError("--source: expected FORMAT:PATH, e.g. --source geolife:Data/ or csv:trips.csv")
     if config.utc and config.utc_offset:
         raise UserError(f"--utc and --utc-offset {config.utc_offset}: expected one of them")
-    names = _pairs(config.quotas, "quotas", "REGION=COUNT")
-    quotas = {name: int(_number(text, f"--quotas {name}")) for name, text in names.items()}
+    quotas = {}
+    for name, text in _pairs(config.quotas, "quotas", "REGION=COUNT").items():
+        if not text.isdecimal() or not int(text):
+            raise UserError(f"--quotas {name}={text}: expected REGION=COUNT, a whole number, 1 or more")
+        quotas[name] = int(text)
     boxes = _boxes(config.regions)
     inputs = {f"{number}:{format}": path for number, (path, format) in enumerate(sources.items())}
     with Step(folder, "trajectories", config, inputs) as step:
@@ -153,7 +162,7 @@ def _boxes(texts: tuple[str, ...]) -> dict[str, tuple[float, float, float, float
     boxes = {}
     for name, value in _pairs(texts, "regions", form).items():
         numbers = tuple(_number(part, f"--regions {name}") for part in value.split(":"))
-        if len(numbers) != 4 or not -90 <= numbers[1] < numbers[3] <= 90:
+        if not is_box(numbers):
             raise UserError(f"--regions {name}={value}: expected {form} in degrees, south below north")
         boxes[name] = numbers
     return boxes or REGIONS

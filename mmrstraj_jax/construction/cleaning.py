@@ -4,13 +4,16 @@ Defaults are those of the common libraries (movingpandas, trackintel, scikit-mob
 for stay points; they fit fixes every 1 to 30 s. For sparse sets (T-Drive: 177 s) raise the gap limits.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool
 
 from mmrstraj_jax.construction import geodesy, tiles
+from mmrstraj_jax.construction.ranges import check, is_box
 from mmrstraj_jax.construction.trajectories import Report, Trajectory
+from mmrstraj_jax.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,14 @@ class Cleaning:
     min_length: float = 500.0
     min_duration: float = 60.0
     box: tuple[float, ...] = ()  # west, south, east, north of the city; empty: everywhere
+
+    def __post_init__(self):
+        limits = sorted(vars(self).keys() - {"box", "min_points", "spike_turn"})
+        check(self, 0, math.inf, *limits, option="--cleaning.")
+        check(self, 0, 180, "spike_turn", option="--cleaning.")
+        check(self, 1, math.inf, "min_points", option="--cleaning.")
+        if self.box and not is_box(self.box):
+            raise UserError(f"--cleaning.box {self.box}: expected west, south, east, north in degrees")
 
 
 def clean(trip: Trajectory, limits: Cleaning, report: Report) -> list[Trajectory]:

@@ -7,6 +7,7 @@ turn, from which draws), quarantine.jsonl (what was left out and why) and calls.
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from mmrstraj_jax.construction.calls import Conversation, Prices, plan
 from mmrstraj_jax.construction.files import dump, lines_writer, write_atomic
 from mmrstraj_jax.construction.llm import Client
 from mmrstraj_jax.construction.manifest import Step
+from mmrstraj_jax.construction.ranges import check
 from mmrstraj_jax.errors import UserError
 
 CALLS = "calls.jsonl"
@@ -59,10 +61,11 @@ class ModelSettings:
     max_cost: float = field(default=0.0, metadata=_RUN)  # dollars; 0: no cap
 
     def __post_init__(self):
-        if self.concurrency < 1 or self.tries < 1 or self.timeout <= 0 or self.backoff < 0:
-            raise UserError("--concurrency and --tries: expected 1 or more; --timeout and --backoff: seconds")
-        if self.max_tokens < 0:
-            raise UserError(f"--max-tokens {self.max_tokens}: expected 1 or more, or 0 for the prompt's own")
+        check(self, 1, math.inf, "concurrency", "tries", "timeout")
+        check(self, 0, math.inf, "backoff", "prompt_price", "completion_price", "image_tokens", "max_cost")
+        check(self, 0, math.inf, "max_tokens")
+        check(self, 0, 2, "temperature")
+        check(self, 0, 2**31 - 1, "seed")  # it goes to the server, where -1 may mean none
         _check_extra(self.extra_body)
         if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.key_variable):
             # not shown: it may be the key itself

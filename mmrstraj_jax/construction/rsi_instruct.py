@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from mmrstraj_jax.construction import dataset, prompts
 from mmrstraj_jax.construction.calls import Conversation
 from mmrstraj_jax.construction.dataset import Look, ModelSettings, Sample, by_model, seeded
 from mmrstraj_jax.construction.manifest import Step
+from mmrstraj_jax.construction.ranges import check
 from mmrstraj_jax.construction.request import Text
 from mmrstraj_jax.data import records
 from mmrstraj_jax.errors import UserError
@@ -27,6 +29,11 @@ class Instruct(ModelSettings):
     second: float = 0.7
     limit: int = 0  # of samples; 0: all
     min_words: int = 8  # a first answer of fewer words is no caption
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self, 0, 1, "second")
+        check(self, 0, math.inf, "limit", "min_words")
 
 
 class Captioned(NamedTuple):

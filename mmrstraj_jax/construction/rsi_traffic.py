@@ -13,6 +13,7 @@ from mmrstraj_jax.construction import dataset, prompts, selection
 from mmrstraj_jax.construction.calls import Conversation
 from mmrstraj_jax.construction.dataset import Look, ModelSettings, Sample, by_model, seeded
 from mmrstraj_jax.construction.manifest import Step, finished
+from mmrstraj_jax.construction.ranges import check
 from mmrstraj_jax.construction.request import ImageFile
 from mmrstraj_jax.errors import UserError
 
@@ -26,6 +27,10 @@ class Traffic(ModelSettings):
     second: float = 0.75
     gsd: bool = False  # the first question states the metres a pixel
     context: str = ""  # JSON Lines of {id, NAME: text, ...}: place or road names that the model is told
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self, 0, 1, "basic", "style", "second")
 
     @property
     def ratios(self) -> prompts.Ratios:

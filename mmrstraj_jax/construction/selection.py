@@ -5,6 +5,7 @@ a training window that reaches into a held-out window is dropped.
 """
 
 import hashlib
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from mmrstraj_jax.construction import candidates, quality, tiles, windows
 from mmrstraj_jax.construction.files import lines_writer, read_lines, sha256
 from mmrstraj_jax.construction.imagery import decode
 from mmrstraj_jax.construction.manifest import Step, finished
+from mmrstraj_jax.construction.ranges import check
 from mmrstraj_jax.errors import UserError
 
 SCORES = "scores.jsonl"
@@ -44,14 +46,24 @@ class Quality:
     place_zoom: int = 14  # of the map tiles that are held out whole: about 2 km at the equator
     seed: int = 0
 
+    def __post_init__(self):
+        check(self, 0, 10, "min_score")
+        check(self, 0, 1, "max_cloud", "max_flat", "max_blur")
+        check(self, 0, math.inf, "min_points")
+        check(self, 0, 256, "duplicate_bits")
+        check(self, 0, tiles.MAX_ZOOM, "place_zoom")
+        if not (self.test_share >= 0 and self.val_share >= 0 and self.test_share + self.val_share < 1):
+            raise UserError(
+                f"--test-share {self.test_share}, --val-share {self.val_share}: expected 0 to below 1, "
+                "also in sum"
+            )
+
 
 def run(folder: Path, trips: Path, imagery: Path, config: Quality) -> None:
     """Writes scores.jsonl: every image with measures, scores, and a split or the reason of its rejection.
 
     Raises UserError: bad settings or scores, unfinished steps, or no image that is left for training.
     """
-    if not 0 <= config.test_share + config.val_share < 1:
-        raise UserError(f"--test-share {config.test_share}, --val-share {config.val_share}: expected < 1")
     finished(trips, "trajectories")
     finished(imagery, "imagery")
     inputs = {"images": imagery / windows.INDEX, "trips": trips / candidates.TRIPS}

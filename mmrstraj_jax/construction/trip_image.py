@@ -6,6 +6,7 @@ Mercator's scale shifts it by more than half a pixel is brought to one scale (gr
 """
 
 import io
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from mmrstraj_jax.construction.cleaning import Cleaning, clean
 from mmrstraj_jax.construction.download import Downloader
 from mmrstraj_jax.construction.files import dump, sha256, write_atomic
 from mmrstraj_jax.construction.providers import ProviderSettings, provider_of
+from mmrstraj_jax.construction.ranges import check
 from mmrstraj_jax.construction.trajectories import Report, Trajectory, anchors
 from mmrstraj_jax.construction.windows import track
 from mmrstraj_jax.errors import UserError
@@ -42,6 +44,12 @@ class TripImage(ProviderSettings):
     geotiff: bool = False
     interval: float = 0.2
     cache: str = ""
+
+    def __post_init__(self):
+        check(self, 0, tiles.MAX_ZOOM, "zoom")
+        check(self, 1, tiles.MAX_SIDE, "size")
+        check(self, 0, tiles.MAX_SIDE, "margin")
+        check(self, 0, math.inf, "interval")
 
 
 HELP = {

@@ -5,6 +5,7 @@ An image that is there with its record is not asked for again, so a killed run g
 
 import hashlib
 import json
+import math
 import re
 import sys
 from collections import Counter
@@ -20,6 +21,7 @@ from mmrstraj_jax.construction.download import Downloader
 from mmrstraj_jax.construction.files import dump, lines_writer, sha256
 from mmrstraj_jax.construction.manifest import Step, finished
 from mmrstraj_jax.construction.providers import ProviderSettings, provider_of
+from mmrstraj_jax.construction.ranges import check
 from mmrstraj_jax.construction.trajectories import ANCHORS, Anchor, Trajectory, anchors
 from mmrstraj_jax.errors import UserError
 
@@ -42,6 +44,13 @@ class Imagery(ProviderSettings):
     geotiff: bool = False  # beside each PNG, the provider's pixels
     interval: float = field(default=0.2, metadata={"run": True})  # least seconds between two requests
     cache: str = field(default="", metadata={"run": True})  # folder of downloaded tiles; none: not kept
+
+    def __post_init__(self):
+        check(self, 0, tiles.MAX_ZOOM, "zooms")
+        check(self, 1, tiles.MAX_SIDE, "size")
+        check(self, 0, tiles.MAX_SIDE, "margin")
+        check(self, 1, math.inf, "step")
+        check(self, 0, math.inf, "interval")
 
 
 def run(folder: Path, trips: Path, config: Imagery) -> None:

@@ -40,7 +40,7 @@ class Problem:
     dropped: bool = True
 
     def __str__(self) -> str:
-        return f"{self.source}: {'row' if self.source.endswith('[]') else 'line'} {self.line}: {self.message}"
+        return f"{rowfiles.place(self.source, self.line)}: {self.message}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +64,7 @@ class Row:
     @property
     def where(self) -> str:
         """File, line and id, for messages."""
-        place = "row" if self.source.endswith("[]") else "line"
-        return f"{self.source}: {place} {self.line} (id {repr(self.id)[1:-1]:.80})"
+        return f"{rowfiles.place(self.source, self.line)} (id {repr(self.id)[1:-1]:.80})"
 
     def image_files(self) -> list[pathlib.Path | bytes]:
         """What to open, in order: files, or their content. Raises UserError."""
@@ -276,7 +275,9 @@ def _repeated(rows: Rows, keys: np.ndarray) -> list[Problem]:
     remarks = []
     for number in again:
         row, other = rows[number], rows[first[group[number]]]
-        message = f"id {row.id!r} is already used in {other.source} at {other.line}; the row is kept"
+        message = (
+            f"id {row.id!r} is already used in {rowfiles.place(other.source, other.line)}; the row is kept"
+        )
         remarks.append(Problem(row.source, row.line, message, dropped=False))
     return remarks
 

@@ -38,7 +38,7 @@ class RowFile:
 
     @property
     def source(self) -> str:
-        """How messages and rows name it."""
+        """How rows name it; `place` makes the words of messages from it."""
         return f"{self.path}[]" if self.kind == "list" else self.path
 
     def scan(self) -> Iterator[Raw]:
@@ -118,6 +118,15 @@ def _records_of(path: str):
     if not reader.ok():
         raise UserError(f"{path}: not an array_record file, or cut off")
     return reader
+
+
+def place(source: str, line: int) -> str:
+    """Where a row lies, for messages; `source` as RowFile has it."""
+    if source.endswith("[]"):
+        return f"{source[:-2]}: row {line} (counted from 0)"
+    if ".array_record" in os.path.basename(source):
+        return f"{source}: record {line} (counted from 0)"
+    return f"{source}: line {line}"
 
 
 def find(path: str | os.PathLike) -> list[RowFile]:

@@ -2,6 +2,8 @@
 
     python -m mmrstraj_jax.synthcity.bench --check           every image and question is the published one
     python -m mmrstraj_jax.synthcity.bench --write FOLDER    images/ and annotations.json, in RSIEval's schema
+                                                             plus eight types; read by
+                                                             --task synthtraffic-bench
 
 320 images, half of them in the base model's domain A and half in B (dry season, haze, smaller objects), from
 cities that no training or evaluation split has. Images are not shipped: they are drawn from the seed, and

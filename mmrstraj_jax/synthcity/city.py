@@ -134,8 +134,14 @@ def make_city(
 ) -> City:
     """Builds the road network and the land use of one city; about 5 ms.
 
-    style: one of STYLES, or None to draw one from the seed. Raises UserError for another style.
+    style: one of STYLES, or None to draw one from the seed. Raises UserError: another style, a negative seed,
+    or a place off the map (Web Mercator ends at 85.05 degrees).
     """
+    if seed < 0 or not (abs(lat) <= 85 and abs(lon) <= 180):
+        raise UserError(
+            f"city of seed {seed}, lat {lat}, lon {lon}: expected a seed of 0 or more, lat -85 to 85, "
+            "lon -180 to 180"
+        )
     stream = Stream(seed, 1)
     drawn = stream.choice(STYLES)
     style = style or drawn

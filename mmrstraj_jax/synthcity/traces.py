@@ -41,12 +41,14 @@ _HEADER = (
 def write(folder: str | Path, format: str, city: City, num: int, seed: int = 0) -> Path:
     """Writes `num` trips of a day in a city, and truth.jsonl, into a folder; returns what a reader is given.
 
-    format: one of FORMATS. Raises UserError: an unknown format, no trips, or a folder that is not empty.
+    format: one of FORMATS. Raises UserError: an unknown format, no trips, a negative seed, or a folder that
+    is not empty.
     """
     if format not in FORMATS:
         raise UserError(f"--format {format}: expected one of {', '.join(FORMATS)}")
-    if num < 1:
-        raise UserError(f"--trips {num}: expected 1 or more")
+    for name, value, least in (("trips", num, 1), ("seed", seed, 0)):
+        if value < least:
+            raise UserError(f"--{name} {value}: expected {least} or more")
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--out {folder}: not an empty folder; name another")
