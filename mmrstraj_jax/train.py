@@ -56,6 +56,19 @@ class Silent:
     open = row = amend = plot = close = __call__
 
 
+def record(path: Path, value: dict) -> None:
+    """Writes what a run found out. Raises SaveFailed."""
+    from mmrstraj_jax.training import checkpoint, run
+
+    try:
+        run.write_json(path, value)
+    except OSError as error:
+        raise checkpoint.SaveFailed(
+            f"{path}: cannot be written ({error.strerror}); finished checkpoints are untouched: make room, "
+            "then the same command goes on"
+        ) from error
+
+
 def train(config: Config, overridden: frozenset[str] = frozenset(), launch: Launch = Launch()) -> Path:
     """Runs, or goes on with, the run of this config; returns its directory.
 
@@ -67,22 +80,23 @@ def train(config: Config, overridden: frozenset[str] = frozenset(), launch: Laun
     Raises:
         UserError: bad input, before anything is written where possible.
         Stopped: SIGINT or SIGTERM; the state is saved.
-        Diverged: too many non-finite updates in a row; the last good checkpoint stands.
+        Diverged: too many non-finite updates in a row, or nothing else; the last good checkpoint stands.
         FrozenWeightsChanged: a frozen leaf is not what it was; nothing was saved.
         SaveFailed: a checkpoint could not be written; those before it stand.
         LockLost: another run took the directory over; nothing was saved.
-        WorkerFailed: reading a row hung, or killed a data worker; finished checkpoints stand.
+        WorkerFailed: reading a row hung, or killed a data worker; the steps before it are saved.
     """
     # Here, because --help and --print-config should not wait for JAX.
     import jax
 
     from mmrstraj_jax import parallel
+    from mmrstraj_jax.data.loader import WorkerFailed
     from mmrstraj_jax.planning import flops, gpus
     from mmrstraj_jax.synthcity.sample import cache_root
     from mmrstraj_jax.training import compilation_cache, run, setup, sinks
     from mmrstraj_jax.training import state as states
     from mmrstraj_jax.training.checkpoint import Checkpoints, best_step
-    from mmrstraj_jax.training.distributed import Processes
+    from mmrstraj_jax.training.distributed import Processes, facts
     from mmrstraj_jax.training.lock import RunLock
     from mmrstraj_jax.training.monitor import Log, Meter, Monitor, parameter_table
     from mmrstraj_jax.training.optimizer import Optimizer, check_groups
@@ -94,7 +108,7 @@ def train(config: Config, overridden: frozenset[str] = frozenset(), launch: Laun
         # What is trained on what, and may it start?
         beat = processes.watchdog.beat
         log = Log() if processes.primary else Silent()
-        processes.agree("settings", run.facts(config))
+        processes.agree("settings", facts(config))
         sinks.check_wandb(config.wandb)
         sources = setup.sources(config)
         log(setup.describe(config, sources, overridden))
@@ -108,7 +122,7 @@ def train(config: Config, overridden: frozenset[str] = frozenset(), launch: Laun
             compilation_cache.use(config.compilation_cache, log)
         mesh = parallel.make_mesh(config.fsdp)
         micro_rows = setup.global_micro_batch(config) // processes.count
-        lock = RunLock(run_dir)
+        lock = RunLock(run_dir, log)
         checkpoints = Checkpoints(run_dir / "checkpoints", config.keep_last, say=log)
 
         def claim() -> int | None:
@@ -125,22 +139,15 @@ def train(config: Config, overridden: frozenset[str] = frozenset(), launch: Laun
         graphdef, trainable, frozen = states.split(start.model)
         check_groups(trainable, overridden)
         data = setup.load_data(config, sources, start, cache_root() / "index", log)
-        held_out = data.held_out and data.held_out.index.fingerprint
-        processes.agree(
-            "data and weights",
-            {
-                "data": data.train.index.fingerprint,
-                "eval_data": held_out,
-                "weights": start.base["fingerprint"],
-            },
-        )
+        processes.agree("data and weights", data.fingerprints() | {"weights": start.base["fingerprint"]})
         trainable, frozen = (parallel.shard_parameters(tree, mesh) for tree in (trainable, frozen))
         total = setup.total_steps(config, data.train)
         optimizer = Optimizer(config.optim, total)
         opt_state = parallel.init_optimizer(optimizer.init, trainable, mesh)
 
         # Run directory and state
-        first, meta = 0, {"total_steps": total, "seed": config.seed, "data": data.train.index.fingerprint}
+        first, saved = 0, {}
+        meta = {"total_steps": total, "seed": config.seed} | data.fingerprints()
         if saved_step is None:
             base = start.base | {"frozen": states.checksum(frozen)}
             processes.from_first(lambda: run.create(run_dir, config, base, start.tokenizer_dir))
@@ -168,9 +175,12 @@ def train(config: Config, overridden: frozenset[str] = frozenset(), launch: Laun
         )
         eval_step = build_eval_step(graphdef, config, mesh)
 
+        def eval_due(done) -> bool:
+            return done == total or (config.eval_every > 0 and done % config.eval_every == 0)
+
         def write_row(step, metrics, num_samples) -> None:
             row = meter.row(step, metrics, num_samples)
-            if step % config.log_every == 0 or step == total or row["skipped"]:
+            if step % config.log_every == 0 or eval_due(step) or row["skipped"]:
                 monitor.row(row)
             if row["skipped"]:
                 ids = ", ".join(str(name) for name in data.train.ids(step - 1) if name is not None)
@@ -191,10 +201,27 @@ def train(config: Config, overridden: frozenset[str] = frozenset(), launch: Laun
 
             scores = evaluate(eval_step, trainable, frozen, data, mesh, interrupted)
             if scores:
-                monitor.amend(scores)
+                monitor.amend(step, scores)
                 log(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
             meter.pause()
             return scores
+
+        def save(done, scores) -> None:
+            states.check_frozen(frozen, base["frozen"], f"step {done}")
+            beat(f"saving step {done}")
+            if processes.primary:
+                lock.check()
+            checkpoints.save(done, trainable, opt_state, meta, scores.get("eval_loss"))
+            monitor.plot()
+            meter.pause()
+
+        def stopped(done) -> Stopped:
+            checkpoints.wait()
+            processes.meet()
+            why = stop.requested or "another process was told to stop:"
+            if not done:
+                return Stopped(f"{why} before the first step: nothing to save")
+            return Stopped(f"{why} after step {done} of {total}, which is saved; run it again")
 
         # Tracing makes objects by the million: the collector need not look through all older ones each time
         gc.freeze()
@@ -213,44 +240,61 @@ def train(config: Config, overridden: frozenset[str] = frozenset(), launch: Laun
         if first == 0 and "eval" not in base:  # what training has to beat
             base = base | {"eval": score(0)}
             if processes.primary:
-                run.write_json(run_dir / "base.json", base)
+                record(run_dir / "base.json", base)
 
         # Loop: the metrics of a step are read while the next one computes
         stop.arm()
         processes.watchdog.arm()
-        beat(f"preparing the batch of step {first + 1}")
         scores: dict[str, float] = {}
-        pending = None
-        for step, _, batch in meter.fetch(data.train.iterate(first, total)):
-            num_samples = data.train.schedule.num_samples(step)
-            beat(f"running step {step + 1}")
-            batch = parallel.shard_batch(setup.fold(batch, micro_rows), mesh, batch_axis=1)
-            trainable, opt_state, metrics = train_step(trainable, opt_state, frozen, batch, step)
-            checkpoints.check()
-            if pending is not None:
+        if first and eval_due(first) and data.held_out is not None:
+            unscored = saved["eval_loss"] is None  # stopped in this evaluation
+            if unscored or first == total:
+                scores = score(first)
+                if not scores:
+                    raise stopped(first)
+            if unscored and processes.primary:
+                checkpoints.amend(first, scores["eval_loss"])
+        beat(f"preparing the batch of step {first + 1}")
+        done, newest, pending, broken = first, first, None, None
+        alone = processes.count == 1  # several stop together, at a step that all have begun
+        batches = data.train.iterate(first, total, told_to_stop if alone else lambda: False)
+        stack.enter_context(closing(batches))
+        try:
+            for step, _, batch in meter.fetch(batches):
+                num_samples = data.train.schedule.num_samples(step)
+                beat(f"running step {step + 1}")
+                batch = parallel.shard_batch(setup.fold(batch, micro_rows), mesh, batch_axis=1)
+                trainable, opt_state, metrics = train_step(trainable, opt_state, frozen, batch, step)
+                checkpoints.check()
+                if pending is not None:
+                    write_row(*pending)
+                done, pending = step + 1, (step + 1, metrics, num_samples)
+                stopping = told_to_stop()
+                if eval_due(done) or stopping or done % config.save_every == 0:
+                    write_row(*pending)
+                    pending = None
+                    scores = score(done) if eval_due(done) and not stopping else {}
+                    save(done, scores)
+                    newest = done
+                    if told_to_stop() and (done < total or not scores):
+                        raise stopped(done)
+                beat(f"preparing the batch of step {done + 1}")
+        except (WorkerFailed, UserError) as error:  # a row that cannot be read
+            broken = error
+        if broken or done < total:  # or told to stop while it waited for a batch
+            if alone and pending is not None:
                 write_row(*pending)
-            done, pending = step + 1, (step + 1, metrics, num_samples)
-            eval_due = done == total or (config.eval_every and done % config.eval_every == 0)
-            stopping = told_to_stop()
-            if eval_due or stopping or done % config.save_every == 0:
-                write_row(*pending)
-                pending = None
-                scores = score(done) if eval_due and not stopping else {}
-                states.check_frozen(frozen, base["frozen"], f"step {done}")
-                beat(f"saving step {done}")
-                if processes.primary:
-                    lock.check()
-                checkpoints.save(done, trainable, opt_state, meta, scores.get("eval_loss"))
-                monitor.plot()
-                meter.pause()
-                if told_to_stop() and (done < total or not scores):
-                    checkpoints.wait()
-                    processes.meet()
-                    why = stop.requested or "another process was told to stop:"
-                    raise Stopped(f"{why} after step {done} of {total}, which is saved; run it again")
-            beat(f"preparing the batch of step {done + 1}")
-        if first == total:  # stopped in its last evaluation
-            scores = score(total)
+            if alone and done > newest:
+                save(done, {})
+            ending = broken or stopped(done)
+            ending.at_once = True  # a thread may still be reading
+            raise ending
+        applied = int(opt_state.adam.count)
+        if not applied:
+            raise Diverged(
+                f"{run_dir}: none of the {total} updates was usable; look at the rows named above, or lower "
+                "the learning rates, and name a new --run-dir"
+            )
         compiled, buckets = train_step._cache_size(), len(data.train.schedule.buckets)
         assert compiled <= buckets, f"{compiled} compilations for {buckets} buckets"
         log(
@@ -264,8 +308,9 @@ def train(config: Config, overridden: frozenset[str] = frozenset(), launch: Laun
         monitor.plot()
         if processes.primary:
             best = best_step(run_dir / "checkpoints")
-            summary = {"steps": total, "best_step": best, "before": base["eval"]} | scores
-            run.write_json(run_dir / "summary.json", summary)
+            summary = {"steps": total, "skipped": total - applied, "best_step": best}
+            summary |= {"before": base["eval"]} | scores
+            record(run_dir / "summary.json", summary)
         processes.meet()
         for name in ("eval_loss", "eval_accuracy"):
             if name in scores:
@@ -304,14 +349,15 @@ def main(args: list[str]) -> int:
         train(config, overridden, Launch(found, fresh, change))
     except Stopped as stopped:
         print(f"stopped: {stopped}")
-        return leave(EXIT_STOPPED, several)
+        return leave(EXIT_STOPPED, several or stopped.at_once)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return leave(2, several)
-    except WorkerFailed as error:
+    except (WorkerFailed, SaveFailed) as error:
         print(f"error: {error}", file=sys.stderr)
-        return leave(1, at_once=True)  # the interpreter's clean end would wait for a thread that reads a row
-    except (Diverged, SaveFailed, LockLost) as error:
+        # The interpreter's clean end would wait for a thread that reads a row, or show what Orbax left behind
+        return leave(1, at_once=True)
+    except (Diverged, LockLost) as error:
         print(f"error: {error}", file=sys.stderr)
         return leave(1, several)
     except Exception:

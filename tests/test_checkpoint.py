@@ -78,6 +78,15 @@ def test_the_last_ones_and_the_best_stay(tmp_path):
     assert again.steps() == [5, 6] and best_step(tmp_path / "c") == 6
 
 
+def test_a_loss_that_is_no_number_is_never_the_best(tmp_path):
+    checkpoints = saved(tmp_path / "c", {2: float("nan"), 4: 0.5, 6: None})
+    assert checkpoints.steps() == [4, 6] and best_step(tmp_path / "c") == 4
+    checkpoints.amend(6, 0.25)
+    assert best_step(tmp_path / "c") == 6
+    assert checkpoints.newest_intact() == 6 and restored(checkpoints).meta["eval_loss"] == 0.25
+    checkpoints.close()
+
+
 def test_trainables_alone(tmp_path):
     folder, like = tmp_path / "c", state(9)[0]
     checkpoints = saved(folder, {1: None, 2: None, 3: 0.5, 4: 0.7}, keep_last=3)

@@ -70,6 +70,24 @@ def test_a_broken_list_is_broken_as_a_whole(root, text):
         records.load(str(root / "bad.json"))
 
 
+def test_other_pixels_behind_the_same_rows_are_seen(root):
+    """At a resume; `fingerprint` is that of older versions, so that their runs go on."""
+    cache = root / "cache"
+    first = start(root, GOOD, cache_dir=cache)
+    data_case.picture(20, 10).save(root / "a.png")  # the same again, at another time
+    os.utime(root / "a.png", (1, 1))
+    again = start(root, cache_dir=cache)
+    assert pickle.loads(pickle.dumps(again)).pixels == first.pixels
+    data_case.picture(20, 10, 1).save(root / "a.png")
+    other = start(root, cache_dir=cache)
+    assert other.pixels != first.pixels and other.fingerprint == first.fingerprint
+    (notes,) = [path for path in cache.glob("index-*.json") if other.pixels in path.read_text()]
+    kept = json.loads(notes.read_text())
+    del kept["pixels"]  # a cache of an older version
+    notes.write_text(json.dumps(kept))
+    same(start(root, cache_dir=cache), other)
+
+
 def test_a_second_start_reads_and_measures_nothing(root, monkeypatch):
     rows = [GOOD, {"id": 3}, GOOD, data_case.chat_row(2, "a.png")]
     cache = root / "cache"

@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import tempfile
+import time
 from dataclasses import replace
 
 import data_case
@@ -23,7 +25,7 @@ SIZES = Sizes((1, 2, 3, 5, 7, 10, 37), 32, 1024)
 
 def fake_index(shapes, sources=None):
     shapes = np.asarray(shapes, np.int32).reshape(-1, 5)
-    return Index([None] * len(shapes), shapes, [], sources or [Source("a", None, 0, len(shapes))], "")
+    return Index([None] * len(shapes), shapes, [], sources or [Source("a", None, 0, len(shapes))], "", "")
 
 
 def mixed_shapes(count, seed=0):
@@ -192,6 +194,37 @@ def test_a_mixed_stream_compiles_no_more_programs_than_buckets(tmp_path):
     assert schedule.largest(steps, steps) is None
 
 
+def test_without_room_for_temporary_files_the_stream_goes_on(tmp_path, monkeypatch):
+    loader = build(tmp_path, MIXED)
+
+    def gone(*_, **__):
+        raise FileNotFoundError(2, "No such file or directory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "TemporaryDirectory", gone)
+        assert len(list(loader.iterate(0, 3))) == 3
+    stream = loader.iterate(0, 3)
+    with monkeypatch.context() as patch:  # it vanishes before the first row is noted
+        patch.setattr(np, "memmap", gone)
+        assert len(list(stream)) == 3
+    assert loader._under_way(str(tmp_path / "gone"), 0, 0) == loader._under_way(None, 0, 0) == []
+
+
+class Stuck(Loader):
+    def __call__(self, step):
+        if step == 1:
+            time.sleep(30)
+        return super().__call__(step)
+
+
+def test_who_waits_for_a_batch_can_be_told_to_stop(tmp_path):
+    loader, got, begin = build(tmp_path, MIXED), [], time.monotonic()
+    stuck = Stuck(loader.index, loader.schedule, loader.tokenizer, loader.policy)
+    for step, _, _ in stuck.iterate(0, 3, lambda: bool(got)):
+        got.append(step)
+    assert got == [0] and time.monotonic() - begin < 25
+
+
 class Deadly(Loader):
     def __call__(self, step):
         if step == 1:
@@ -213,7 +246,7 @@ def test_a_file_damaged_after_indexing_is_named(tmp_path, workers):
     victim = next(path for path in tmp_path.iterdir() if path.name.endswith("-3.png"))
     whole = victim.read_bytes()
     victim.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=r"row 3 \(id row3\).*damaged or truncated"):
+    with pytest.raises(UserError, match=r"row 3 \(counted from 0\) \(id row3\).*damaged or truncated"):
         list(replace(loader, how=LoaderConfig(workers=workers)).iterate(0, 3))
     data_case.picture(40, 40).save(victim)
     with pytest.raises(UserError, match="changed since the data was indexed"):

@@ -1,6 +1,8 @@
 """What a run shows, and that showing it never stops the run."""
 
 import json
+import subprocess
+import sys
 import threading
 import time
 import types
@@ -42,7 +44,7 @@ def test_one_row_a_step_and_a_plot(tmp_path):
     monitor = Monitor(tmp_path, 0, 3, lines.append)
     for step in (1, 2, 3):
         monitor.row(row(step, 3.0 / step))
-    monitor.amend({"eval_loss": np.float32(1.5), "eval_accuracy": 0.25})
+    monitor.amend(3, {"eval_loss": np.float32(1.5), "eval_accuracy": 0.25})
     monitor.close()
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert [r["step"] for r in rows] == [1, 2, 3]
@@ -102,6 +104,66 @@ def test_a_log_that_cannot_be_written_goes_on_in_the_terminal(tmp_path, capsys):
     log.open(tmp_path / "log.txt")
     log("late")
     assert (tmp_path / "log.txt").read_text() == "early\nlate\n"
+
+
+@pytest.mark.faults
+def test_a_terminal_that_is_gone_stops_nothing(tmp_path):
+    """As with `| head -1` and `> /dev/full`: the log goes on in its file, and the exit code is the run's."""
+    code = f"""
+import sys
+sys.path[:0] = {sys.path!r}
+from pathlib import Path
+from mmrstraj_jax.training.monitor import Log
+log = Log()
+log("first")
+log.open(Path({str(tmp_path / "log.txt")!r}))
+log("second")
+print("stopped")
+"""
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0 and not done.stderr
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert [lines[0], lines[-1]] == ["first", "second"] and "No space left on device" in lines[1]
+
+
+@pytest.mark.faults
+def test_rows_of_a_time_without_room_are_written_at_the_next_save(tmp_path, monkeypatch):
+    lines = []
+    monitor = Monitor(tmp_path, 0, 4, lines.append)
+    monitor.row(row(1))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Monitor, "_append", full)
+        patch.setattr(Monitor, "_rewrite", full)
+        monitor.row(row(2))
+        monitor.plot()
+    monitor.row(row(3))
+    monitor.plot()
+    monitor.row(row(4))
+    monitor.close()
+    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert len([line for line in lines if "metrics.jsonl is" in line]) == 2
+
+
+def test_damaged_lines_cost_no_other_row(tmp_path):
+    good = [json.dumps(row(step)).encode() for step in (1, 2, 3)]
+    bad = [b'{"step": 2, "lo\xff"}', b"\0" * 9, b"[]", b'{"step": "2"}', b'{"loss": 1}', b"\xfe\xff", b""]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([good[0], *bad, good[1], good[2], good[0][:9]]))
+    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    Monitor(tmp_path, 3, 4, lambda _: None).close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b"\n".join(good) + b"\n"
+
+
+def test_an_evaluation_belongs_to_its_own_step(tmp_path):
+    monitor = Monitor(tmp_path, 0, 9, lambda _: None)
+    monitor.row(row(4))
+    monitor.amend(5, {"eval_loss": 1.0})
+    monitor.close()
+    assert "eval_loss" not in read_metrics(tmp_path / "metrics.jsonl")[0]
 
 
 def test_meter_counts_real_samples_and_leaves_pauses_out(monkeypatch):
@@ -184,7 +246,7 @@ def test_weights_and_biases_gets_every_row_and_a_resumed_run_its_old_name(tmp_pa
         monkeypatch.setitem(monitoring.sys.modules, "wandb", fake.module)
         monitor = Monitor(tmp_path / "run", start, 2, lambda _: None, "project")
         monitor.row(row(start + 1))
-        monitor.amend({"eval_loss": 1.0})
+        monitor.amend(start + 1, {"eval_loss": 1.0})
         monitor.close()
         assert [r["step"] for r in fake.rows] == [start + 1] * 2 and fake.finished
         names.append((fake.opened["project"], fake.opened["id"], fake.opened["resume"]))

@@ -27,7 +27,7 @@ POLICIES = {name: policy.for_views(28, 14) for name, policy in POLICIES.items()}
 
 def index_of(shapes, sources=None):
     shapes = np.asarray(shapes, np.int32).reshape(-1, 5)
-    return Index([None] * len(shapes), shapes, [], sources or [Source("a", None, 0, len(shapes))], "")
+    return Index([None] * len(shapes), shapes, [], sources or [Source("a", None, 0, len(shapes))], "", "")
 
 
 def random_shapes(count, seed=0):

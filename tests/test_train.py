@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 import pytest
 import training_case as case
 
@@ -17,7 +18,7 @@ from mmrstraj_jax import config as configs
 from mmrstraj_jax.config import LoRAConfig
 from mmrstraj_jax.errors import UserError
 from mmrstraj_jax.train import Launch, main, train
-from mmrstraj_jax.training import run, setup
+from mmrstraj_jax.training import manifest, run, setup
 from mmrstraj_jax.training import state as states
 from mmrstraj_jax.training.checkpoint import Checkpoints, finished_steps
 from mmrstraj_jax.training.monitor import Meter, read_metrics
@@ -217,19 +218,71 @@ def test_stopped_in_the_last_evaluation_goes_on_with_it(world, straight, tmp_pat
 
     def signalled(loader):
         passes.append(loader)
+        if len(passes) > 1:  # the first is before training
+            os.kill(os.getpid(), signal.SIGTERM)
+        yield from real(loader)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mmrstraj_jax.training.validation.eval_batches", signalled)
+        for _ in range(2):  # in the second start it is stopped while it makes up for it
+            with pytest.raises(Stopped, match="after step 6 of 6"):
+                train(config)
+    assert len(passes) == 3 and not (tmp_path / "run" / "summary.json").exists()
+    train(config)
+    summaries = [json.loads((d / "summary.json").read_text()) for d in (tmp_path / "run", straight[0])]
+    assert summaries[0]["eval_loss"] == summaries[1]["eval_loss"]
+    assert summaries[0]["before"] == summaries[1]["before"] != {}
+
+
+@pytest.mark.faults
+def test_an_evaluation_that_was_stopped_is_made_up_for(world, straight, tmp_path, monkeypatch):
+    """Of step 3, whose row log_every alone would leave out."""
+    config = settings(world, tmp_path / "run", log_every=4)
+    real, passes = setup.eval_batches, []
+
+    def signalled(loader):
+        passes.append(loader)
         if len(passes) == 2:  # the first is before training
             os.kill(os.getpid(), signal.SIGTERM)
         yield from real(loader)
 
     with monkeypatch.context() as patch:
         patch.setattr("mmrstraj_jax.training.validation.eval_batches", signalled)
-        with pytest.raises(Stopped, match="after step 6 of 6"):
+        with pytest.raises(Stopped, match="after step 3 of 6"):
             train(config)
-    assert not (tmp_path / "run" / "summary.json").exists()
     train(config)
+    rows, expected = (read_metrics(d / "metrics.jsonl") for d in (tmp_path / "run", straight[0]))
+    assert [row["step"] for row in rows] == [3, 4, 6]
+    for row in rows:
+        assert row.get("eval_loss") == expected[row["step"] - 1].get("eval_loss")
     summaries = [json.loads((d / "summary.json").read_text()) for d in (tmp_path / "run", straight[0])]
-    assert summaries[0]["eval_loss"] == summaries[1]["eval_loss"]
-    assert summaries[0]["before"] == summaries[1]["before"] != {}
+    assert summaries[0] == summaries[1] and summaries[0]["skipped"] == 0
+    meta = manifest.verify(tmp_path / "run" / "checkpoints" / "3")
+    assert meta["eval_loss"] == expected[2]["eval_loss"]
+
+
+@pytest.mark.faults
+def test_other_held_out_rows_and_other_images_are_refused(world, straight, tmp_path):
+    run_dir = shutil.copytree(straight[0], tmp_path / "run")
+    (run_dir / "summary.json").unlink()
+    config = replace(straight[1], run_dir=str(run_dir))
+    held_out, picture = Path(world["eval_data"]), Path(world["data"]).parent / "0.png"
+    other = tmp_path / "other.png"
+    PIL.Image.open(picture).rotate(180).save(other)
+    changes = {
+        held_out: ("eval_data", held_out.read_bytes().replace(b"0 roads", b"9 roads")),
+        picture: ("images .*, eval_images", other.read_bytes()),
+    }
+    for path, (keys, content) in changes.items():
+        before = path.read_bytes()
+        path.write_bytes(content)
+        try:
+            with pytest.raises(UserError, match=f"the data changed since the run began .{keys} .* -> "):
+                train(config)
+        finally:
+            path.write_bytes(before)
+    old = {"total_steps": 6, "seed": 0, "data": "same"}  # of a version that kept no more
+    run.check_resumable(run_dir, old, old | {"images": "new", "eval_data": None}, False, print)
 
 
 @pytest.mark.faults
@@ -253,7 +306,36 @@ def test_a_run_that_never_saved_starts_again(world, tmp_path):
     assert run.status(tmp_path / "run", config, allow_fresh=True) == "new"
 
 
+def test_a_run_whose_checkpoints_are_gone_does_not_start_over_by_itself(straight, tmp_path):
+    run_dir = shutil.copytree(straight[0], tmp_path / "run")
+    config = replace(straight[1], run_dir=str(run_dir))
+    for folder in (run_dir / "checkpoints").iterdir():
+        shutil.rmtree(folder)
+    with pytest.raises(UserError, match="all its checkpoints are gone.*--allow-fresh"):
+        run.status(run_dir, config)
+    start = run.start(config)
+    assert run.status(run_dir, config, allow_fresh=True) == "new"
+    run.create(run_dir, config, start.base, start.tokenizer_dir)
+    assert not (run_dir / "summary.json").exists()  # or the new run would count as finished
+    with pytest.raises(UserError, match="all its checkpoints are gone"):
+        run.status(run_dir, config)
+    metrics = run_dir / "metrics.jsonl"
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:4]))
+    assert run.status(run_dir, config) == "new"  # the first save, after step 2, may have failed
+
+
 # ---- numbers that go wrong ----
+
+
+@pytest.mark.faults
+def test_a_run_without_one_usable_update_has_not_finished(world, tmp_path, monkeypatch):
+    real = setup.fold
+    poison = lambda batch, rows: (made := real(batch, rows)) | {"weights": made["weights"] * np.nan}  # noqa: E731
+    monkeypatch.setattr(setup, "fold", poison)
+    config = settings(world, tmp_path / "run", steps=3, eval_every=0, eval_samples=0)
+    with pytest.raises(Diverged, match="none of the 3 updates was usable"):
+        train(config)
+    assert not (tmp_path / "run" / "summary.json").exists()
 
 
 @pytest.mark.faults

@@ -27,6 +27,7 @@ from mmrstraj_jax.errors import UserError
 
 LAYOUT = 1  # raise when the template, the masks or the columns change
 CHECKED = 4096  # rows, evenly spread, whose images are compared with those of the cache at every start
+LOOKED_AT = 1 << 20  # bytes of each of these images that a resume compares, with its size
 CHUNK = 512  # rows measured by one thread at a time
 _COLUMNS = len(Shape._fields)
 
@@ -40,10 +41,11 @@ class Index:
     problems: list[Problem]
     sources: list[Source]
     fingerprint: str  # of rows, tokenizer, template and policy; equal on all hosts of a run
+    pixels: str  # of the image files of the CHECKED rows
 
     def __reduce__(self):
-        fields = (self.rows, cache.handle(self.shapes), self.problems, self.sources, self.fingerprint)
-        return _index_again, fields
+        kept = (self.problems, self.sources, self.fingerprint, self.pixels)
+        return _index_again, (self.rows, cache.handle(self.shapes), *kept)
 
     def shape(self, row: int) -> Shape:
         return Shape.of(self.shapes[row])
@@ -58,8 +60,8 @@ class Index:
         )
 
 
-def _index_again(rows, shapes, problems, sources, fingerprint) -> Index:
-    return Index(rows, cache.reopen(shapes), problems, sources, fingerprint)
+def _index_again(rows, shapes, *kept) -> Index:
+    return Index(rows, cache.reopen(shapes), *kept)
 
 
 class Reader(NamedTuple):
@@ -96,10 +98,13 @@ def build_index(
     size_of = _decoded_size if verify else images.size
     name = f"{'verified' if verify else 'index'}-{_key(rows, reader)}"
     kept = cache.read(cache_dir, name)
-    if kept is not None and not _still_bad(rows, reader, size_of, kept[1]["reasons"]):
+    if kept is not None and not (
+        "pixels" in kept[1] and _still_bad(rows, reader, size_of, kept[1]["reasons"])
+    ):
         kept = None
     if kept is None:
         shapes, said = _measure_all(rows, reader, size_of, threads)
+        said["pixels"] = _pixels(rows, threads)
         shapes = cache.write(cache_dir, name, shapes, said)
     else:
         shapes, said = kept
@@ -122,7 +127,7 @@ def build_index(
         rows = rows.take(numbers) if isinstance(rows, Rows) else [rows[at] for at in numbers]
         shapes = np.asarray(shapes[numbers])
     fingerprint = hashlib.sha256(said["content"].encode() + shapes.tobytes()).hexdigest()
-    return Index(rows, shapes, problems, sources, fingerprint)
+    return Index(rows, shapes, problems, sources, fingerprint, said["pixels"])
 
 
 def _misfits(shapes: Int[np.ndarray, "rows 5"], sizes: Sizes) -> dict[int, str]:
@@ -211,6 +216,30 @@ def _kept_sources(sources: Sequence[Source], keep: np.ndarray) -> list[Source]:
     return kept
 
 
+def _checked(rows: Sequence[Row]) -> Iterator[Row]:
+    return (rows[at] for at in np.unique(np.linspace(0, len(rows) - 1, min(len(rows), CHECKED), dtype=int)))
+
+
+def _pixels(rows: Sequence[Row], threads: int) -> str:
+    """Of sizes and contents: a resume sees that the same rows have other images now. Not part of
+    `fingerprint`, which older runs compare.
+    """
+
+    def look(row: Row) -> list[str]:
+        try:
+            return [_look(file) for file in row.image_files() if not isinstance(file, bytes)]
+        except (OSError, UserError) as error:  # a bad row; `problems` says why
+            return [type(error).__name__]
+
+    with ThreadPoolExecutor(threads) as pool:
+        return hashlib.sha256(repr(list(pool.map(look, _checked(rows)))).encode()).hexdigest()
+
+
+def _look(path: os.PathLike) -> str:
+    with open(path, "rb") as file:
+        return f"{os.fstat(file.fileno()).st_size} {hashlib.sha256(file.read(LOOKED_AT)).hexdigest()}"
+
+
 def _key(rows: Sequence[Row], reader: Reader) -> str:
     """Of the cache on this machine. The loader meets a change that the checked rows do not show."""
     key = hashlib.sha256(reader.settings().encode())
@@ -219,8 +248,7 @@ def _key(rows: Sequence[Row], reader: Reader) -> str:
     else:
         for row in rows:
             key.update(_content(row))
-    for at in np.unique(np.linspace(0, len(rows) - 1, min(len(rows), CHECKED), dtype=int)):
-        row = rows[at]
+    for row in _checked(rows):
         for name in () if row.blobs else row.images + row.videos:
             try:
                 status = os.stat(os.path.join(row.root, name))

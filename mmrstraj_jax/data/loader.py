@@ -8,7 +8,8 @@ import queue
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import grain
@@ -25,6 +26,7 @@ from mmrstraj_jax.errors import UserError
 
 _SLOTS = 4096  # more than batches that can be under way at once
 _START = 120.0  # seconds more that the first batch may take: worker processes import all modules first
+_POLL = 0.2  # seconds between two looks at whether to go on waiting
 _END = 5.0  # seconds that closing may take after a batch did not come
 Item = tuple[int, Shape, Batch]
 
@@ -104,22 +106,29 @@ class Loader:
 
     # ---- streaming ----
 
-    def iterate(self, start: int, stop: int) -> Iterator[Item]:
+    def iterate(
+        self, start: int, stop: int, interrupted: Callable[[], bool] = lambda: False
+    ) -> Iterator[Item]:
         """Batches of steps start .. stop - 1, prepared ahead as `how` says.
+
+        Ends early when interrupted() turns true while it waits for a batch.
 
         Raises:
           UserError: as __call__, also from a worker. WorkerFailed: a worker died, or no batch came within
           how.timeout seconds.
         """
-        with tempfile.TemporaryDirectory(prefix="mmrstraj-loader-") as folder:
-            trace = os.path.join(folder, "rows")
-            np.full(_SLOTS, -1, np.int64).tofile(trace)
+        with _trace_file() as trace:
             stream = _Ahead(iter(replace(self, trace=trace)._dataset(start, stop)), self.how.timeout)
             with contextlib.closing(stream):
                 for due in range(start, stop):
                     try:
-                        yield stream.get(_START if due == start and self.how.workers else 0.0)
+                        item = stream.get(_START if due == start and self.how.workers else 0.0, interrupted)
+                        if item is None:
+                            return
+                        yield item
                     except (RuntimeError, TimeoutError) as error:  # RuntimeError: grain's, for a dead worker
+                        if interrupted():  # a signal to all processes found a worker that was just starting
+                            return
                         what = "stopped" if isinstance(error, TimeoutError) else "died"
                         rows = self._under_way(trace, start, due) or self.ids(due)
                         raise WorkerFailed(
@@ -141,25 +150,49 @@ class Loader:
 
     @functools.cached_property
     def _trace(self) -> np.ndarray:
-        return np.memmap(self.trace, np.int64, "r+")
+        try:
+            return np.memmap(self.trace, np.int64, "r+")
+        except OSError:  # removed meanwhile
+            return np.empty(_SLOTS, np.int64)
 
     def _note(self, step: int, row: int) -> None:
         if self.trace is not None:
             self._trace[step % _SLOTS] = row
 
-    def _under_way(self, trace: str, start: int, due: int) -> list[str]:
+    def _under_way(self, trace: str | None, start: int, due: int) -> list[str]:
         """What the worker of the step that is due was reading; of threads, what each of them was."""
-        rows = np.fromfile(trace, np.int64)
+        try:
+            rows = np.fromfile(trace or os.devnull, np.int64)
+        except OSError:
+            return []
+        if len(rows) < _SLOTS:
+            return []
         every = self.how.workers or 1
         steps = (step for step in range(due, due + _SLOTS) if (step - start) % every == (due - start) % every)
         found = (int(rows[step % _SLOTS]) for step in steps)
         return [self.index.rows[row].where for row in dict.fromkeys(found) if row >= 0]
 
 
+@contextlib.contextmanager
+def _trace_file() -> Iterator[str | None]:
+    """Where rows under way are noted. Only a message needs it: no disk for it is no reason to stop."""
+    with contextlib.ExitStack() as stack:
+        try:
+            made = tempfile.TemporaryDirectory(prefix="mmrstraj-loader-", ignore_cleanup_errors=True)
+            path = os.path.join(stack.enter_context(made), "rows")
+            np.full(_SLOTS, -1, np.int64).tofile(path)
+        except OSError:
+            path = None
+        yield path
+
+
 def _start_worker(number: int, count: int) -> None:
-    """Ctrl-C is for the training process, which then saves and ends its workers; so is the accelerator."""
+    """Signals to a whole process group (Ctrl-C, schedulers) are for the training process, which saves and
+    then ends its workers; so is the accelerator.
+    """
     os.environ["JAX_PLATFORMS"] = "cpu"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_IGN)
     threading.Thread(target=_follow_parent, name="parent", daemon=True).start()
 
 
@@ -190,19 +223,26 @@ class _Ahead:
     def _put(self, answer: tuple[Item | None, BaseException | None]) -> bool:
         while not self._closed.is_set():
             with contextlib.suppress(queue.Full):
-                self._ready.put(answer, timeout=0.2)
+                self._ready.put(answer, timeout=_POLL)
                 return True
         return False
 
-    def get(self, patience: float = 0.0) -> Item:
-        """Raises what the iterator raised, or TimeoutError."""
-        try:
-            item, error = self._ready.get(timeout=self._timeout + patience)
-        except queue.Empty:
+    def get(self, patience: float, interrupted: Callable[[], bool]) -> Item | None:
+        """None when interrupted. Raises what the iterator raised, or TimeoutError."""
+        end = time.monotonic() + self._timeout + patience
+        while True:
+            try:
+                item, error = self._ready.get(timeout=_POLL)
+                break
+            except queue.Empty:
+                if not (asked := interrupted()) and time.monotonic() < end:
+                    continue
             self._late = True
             for child in multiprocessing.active_children():
                 if child.name.startswith("grain-"):
                     child.kill()  # closing would wait long for one that hangs
+            if asked:
+                return None
             raise TimeoutError(f"no batch for {self._timeout + patience:g} s (loader.timeout)") from None
         if error is not None:
             raise error

@@ -6,6 +6,8 @@ when all of that is on disk: a number is a complete checkpoint. <step> counts fi
 processes all of them write their shards, and the first one seals, names and removes folders.
 """
 
+import contextlib
+import math
 import shutil
 import threading
 from collections.abc import Callable, Mapping
@@ -22,6 +24,8 @@ from mmrstraj_jax.training.optimizer import OptState, Tree
 
 UNREADABLE = "unreadable-"  # prefix of a step folder that was set aside
 PARTIAL = ".partial"  # suffix of one that is being written
+# Seconds that Orbax gives a save, by a clock that may be set right meanwhile; what hangs is the watchdog's
+PATIENCE = 20 * 86400
 REMOVED = "removed-"  # prefix of one that is being deleted
 
 
@@ -53,21 +57,21 @@ class Checkpoints:
     def __init__(self, directory: Path, keep_last: int | None = None, *, say: Callable[[str], None] = print):
         self.directory, self._keep_last, self._say = Path(directory).absolute(), keep_last, say
         self._primary = jax.process_index() == 0
-        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), timeout_secs=PATIENCE)
         self._thread: threading.Thread | None = None
         self._saving: int | None = None
         self._error: BaseException | None = None
+        self._kept_back: set[Path] = set()  # removed folders that a line was said about
 
     def clean(self) -> None:
         """Removes what an interrupted save or deletion left, with a line. For the first process alone."""
-        for folder in self.directory.glob(f"*{PARTIAL}*"):
+        for folder in sorted(self.directory.glob(f"[0-9]*{PARTIAL}*")):
             self._say(
                 f"removed {folder.name}: the save of step {folder.name.split('.')[0]} was interrupted; "
                 "finished steps are used"
             )
-            shutil.rmtree(folder)
-        for folder in self.directory.glob(f"{REMOVED}*"):
-            shutil.rmtree(folder)
+            self._remove(folder)
+        self._empty_bin()
 
     def steps(self) -> list[int]:
         """Steps that were completely written, ascending."""
@@ -114,14 +118,44 @@ class Checkpoints:
         except BaseException as error:  # it surfaces in `check`, on the thread that trains
             self._error = error
 
+    def amend(self, step: int, eval_loss: float) -> None:
+        """Adds the held-out loss to a step that was saved without. For the first process alone.
+
+        Raises SaveFailed: the step stays as it was.
+        """
+        folder = self.directory / str(step)
+        try:
+            manifest.rewrite(folder, manifest.read_meta(folder) | {"eval_loss": eval_loss})
+        except OSError as error:
+            raise SaveFailed(
+                f"{folder}: {manifest.NAME} cannot be written ({error.strerror}); finished checkpoints are "
+                "untouched: make room, then the same command goes on"
+            ) from error
+
     def _remove_old(self) -> None:
         steps = self.steps()
         kept = {*steps[-(self._keep_last or len(steps)) :], best_step(self.directory)}
         for step in steps:
             if step not in kept:
-                # Renamed first: who reads it finds it whole or not at all
-                gone = (self.directory / str(step)).rename(self.directory / f"{REMOVED}{step}")
-                shutil.rmtree(gone)
+                self._remove(self.directory / str(step))
+        self._empty_bin()
+
+    def _remove(self, folder: Path) -> None:
+        """Only by name, `_empty_bin` does the rest: who reads it finds it whole or not at all."""
+        try:
+            folder.rename(_free_name(self.directory / f"{REMOVED}{folder.name}"))
+        except OSError as error:
+            self._say(f"WARNING: {folder} cannot be removed ({error.strerror}); training goes on")
+
+    def _empty_bin(self) -> None:
+        """What cannot be deleted now (NFS keeps files that somebody reads) is tried again next time."""
+        for folder in self.directory.glob(f"{REMOVED}*"):
+            try:
+                shutil.rmtree(folder)
+            except OSError as error:
+                if folder not in self._kept_back:
+                    self._kept_back.add(folder)
+                    self._say(f"WARNING: {folder} cannot be deleted yet ({error.strerror}); training goes on")
 
     def check(self) -> None:
         """Raises SaveFailed when a save has failed in the meantime; what it wrote is removed."""
@@ -149,7 +183,8 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._orbax.close()
+            with contextlib.suppress(Exception):  # of a save that is known to be sealed, or to have failed
+                self._orbax.close()
 
     def newest_intact(self, allow_fresh: bool = False) -> int | None:
         """The newest step whose files all have their hash; None when there is no checkpoint at all.
@@ -221,7 +256,7 @@ def best_step(directory: Path) -> int | None:
             loss = manifest.read_meta(Path(directory) / str(step))["eval_loss"]
         except Damaged:  # no candidate; whoever wants this very step is told
             continue
-        if loss is not None:
+        if loss is not None and math.isfinite(loss):
             losses[step] = loss
     return min(losses, key=losses.get) if losses else None
 
@@ -283,4 +318,7 @@ def _candidates(directory: Path, step: int | str | None) -> list[int]:
 
 
 def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+    line = (str(error).splitlines() or [""])[0]
+    if len(line) > 200:  # TensorStore names files first, and what happened last
+        line = f"{line[:60]} ... {line[-135:]}"
+    return f"{type(error).__name__}: {line}"

@@ -4,6 +4,7 @@
 too: then everything here is a plain function call.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -11,6 +12,8 @@ import socket
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -18,7 +21,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mmrstraj_jax.config import ClusterConfig
+from mmrstraj_jax import settings
+from mmrstraj_jax.config import ClusterConfig, Config
 from mmrstraj_jax.errors import UserError
 from mmrstraj_jax.training import rendezvous
 from mmrstraj_jax.training.resilience import EXIT_STOPPED, Stopped, StopSignal
@@ -240,6 +244,22 @@ class Processes:
             return self._stopping
 
         return ask
+
+
+def code_fingerprint() -> str:
+    """SHA-256 of this package's source: processes that run different code must not train together."""
+    package = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def facts(config: Config) -> dict[str, Any]:
+    """What all processes of a run must have in common before any of them loads anything."""
+    values = {name: settings.get(config, name) for name in settings.leaf_fields(Config)}
+    versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
+    return values | versions | {"code of mmrstraj_jax": code_fingerprint()}
 
 
 def leave(code: int, at_once: bool) -> int:

@@ -32,11 +32,21 @@ def _seal(content: Mapping[str, Any]) -> str:
 def write(folder: Path, meta: Mapping[str, Any]) -> None:
     """Seals the folder: names and hashes of all its files, and `meta`, in manifest.json. Raises OSError."""
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    content = {"meta": dict(meta), "files": _hashes(folder, names)}
-    with (folder / NAME).open("w", encoding="utf-8") as file:
+    _write(folder, {"meta": dict(meta), "files": _hashes(folder, names)})
+
+
+def rewrite(folder: Path, meta: Mapping[str, Any]) -> None:
+    """Other `meta` for a sealed folder, whose files stay as they are. Raises OSError, Damaged."""
+    _write(folder, _read(folder) | {"meta": dict(meta)})
+
+
+def _write(folder: Path, content: Mapping[str, Any]) -> None:
+    temporary = folder / f"{NAME}.tmp"
+    with temporary.open("w", encoding="utf-8") as file:
         json.dump(content | {"sha256": _seal(content)}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
+    temporary.replace(folder / NAME)
 
 
 def _read(folder: Path) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 Watching must never stop training: a sink that fails says so once and is switched off.
 """
 
+import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -28,8 +30,14 @@ class Log:
         self._file = None
 
     def __call__(self, line: str) -> None:
-        tqdm.tqdm.write(line, file=sys.stdout)
-        sys.stdout.flush()
+        try:
+            tqdm.tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+        except OSError as error:  # `| head`, a full disk
+            line += f"\nWARNING: the terminal is switched off: {error.strerror}; log.txt goes on"
+            # The interpreter flushes it at its end, and would exit with another code
+            with contextlib.suppress(OSError), open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), sys.stdout.fileno())
         if self._early is not None:
             self._early.append(line)
         self._write(line)
@@ -94,14 +102,14 @@ def parameter_table(trainable: Tree, frozen: Tree, config: OptimConfig) -> list[
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl; a last line that was cut off by a kill is left out."""
+    """Rows of a metrics.jsonl; lines that are none (cut off by a kill, damaged) are left out."""
     rows = []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                break
+        for line in path.read_bytes().split(b"\n"):
+            with contextlib.suppress(ValueError):
+                row = json.loads(line)
+                if isinstance(row, dict) and type(row.get("step")) is int:
+                    rows.append(row)
     return rows
 
 
@@ -182,11 +190,11 @@ class Monitor:
         self._log, self._off = log, set()
         self._path = run_dir / "metrics.jsonl"
         self._plot_path, self._total = run_dir / "loss.png", total_steps
-        self.rows = [row for row in read_metrics(self._path) if row["step"] <= start_step]
-        self._useful_before = self.rows[-1].get("useful_s", 0.0) if self.rows else 0.0
-        self._began = time.time()
+        self.rows: list[dict[str, Any]] = []
+        self._read = False  # whether `rows` has all of what the file had
+        self._useful_before, self._began = 0.0, time.time()
         self._guarded("clock.json", lambda: self._read_clock(run_dir / "clock.json"))
-        self._guarded("metrics.jsonl", self._rewrite)
+        self._guarded("metrics.jsonl", lambda: self._reopen(start_step))
         folder, began = run_dir / "tb", self._began
         self._sinks = [Background("TensorBoard", lambda: TensorBoard(folder, start_step), log)]
         if wandb is not None:
@@ -212,19 +220,24 @@ class Monitor:
             sink.write(values)
         self._guarded("bar", lambda: self._progress(values))
 
-    def amend(self, values: Mapping[str, Any]) -> None:
-        """Adds values that came later (an evaluation) to the last row."""
-        if not self.rows:
+    def amend(self, step: int, values: Mapping[str, Any]) -> None:
+        """Adds values that came later (an evaluation) to the row of a step, the last one."""
+        if not self.rows or self.rows[-1]["step"] != step:
             return
         added = {key: _plain(value) for key, value in values.items()}
         self.rows[-1] = self.rows[-1] | added
         self._guarded("metrics.jsonl", self._rewrite)
         for sink in self._sinks:
-            sink.write(added | {"step": self.rows[-1]["step"]})
+            sink.write(added | {"step": step})
 
     def plot(self) -> None:
-        """Draws loss.png from all rows."""
+        """Draws loss.png from all rows; writes those that a full disk had kept from metrics.jsonl."""
         self._guarded("loss.png", self._plot)
+        if "metrics.jsonl" in self._off and self._read:
+            with contextlib.suppress(OSError):
+                self._rewrite()
+                self._off.discard("metrics.jsonl")
+                self._log("metrics.jsonl is complete again")
 
     def close(self) -> None:
         self.plot()
@@ -242,6 +255,13 @@ class Monitor:
         except Exception as error:  # whatever a sink does wrong, training goes on without it
             self._off.add(name)
             self._log(f"WARNING: {name} is switched off: {type(error).__name__}: {error}")
+
+    def _reopen(self, start_step: int) -> None:
+        self.rows = [row for row in read_metrics(self._path) if row["step"] <= start_step]
+        self._read = True
+        useful = self.rows[-1].get("useful_s") if self.rows else None
+        self._useful_before = useful if isinstance(useful, int | float) else 0.0
+        self._rewrite()
 
     def _rewrite(self) -> None:
         temporary = self._path.with_suffix(".tmp")
@@ -284,7 +304,7 @@ class Monitor:
         figure = Figure(figsize=(8, 4.5), dpi=120)  # not pyplot: it keeps global state and may want a display
         FigureCanvasAgg(figure)
         axes = figure.add_subplot(xlabel="step", ylabel="loss", title="Training loss")
-        losses = [(row["step"], row["loss"]) for row in self.rows if isinstance(row["loss"], int | float)]
+        losses = [(row["step"], row["loss"]) for row in self.rows if isinstance(row.get("loss"), int | float)]
         held_out = [(row["step"], row["eval_loss"]) for row in self.rows if "eval_loss" in row]
         if losses:
             axes.plot(*zip(*losses, strict=True), color="#bbccee", linewidth=1, label="training, each step")

@@ -15,9 +15,11 @@ GRACE = 5.0  # seconds the interpreter has to act on a signal before a thread do
 class Stopped(BaseException):
     """Asked to stop, and everything that can be saved is saved. No library may swallow it, as with Ctrl-C."""
 
+    at_once = False  # whether the interpreter's clean end would wait for a thread that reads a row
+
 
 class Diverged(Exception):
-    """Loss or gradients were not finite for too long."""
+    """Loss or gradients were not finite for too long, or never were."""
 
 
 class StopSignal:

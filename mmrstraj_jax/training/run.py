@@ -6,13 +6,12 @@ tokenizer/       metrics.jsonl   loss.png   tb/   checkpoints/<step>/   log.txt
 summary.json     written last: the run is finished
 """
 
+import contextlib
 import dataclasses
-import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mmrstraj_jax import config as configs
-from mmrstraj_jax import parallel, settings
+from mmrstraj_jax import parallel
 from mmrstraj_jax.config import AnyResConfig, Config, ModelConfig
 from mmrstraj_jax.errors import UserError
 from mmrstraj_jax.models.layers import Linear, Trainable
@@ -31,6 +30,7 @@ from mmrstraj_jax.models.mmrstraj import MMRSTraj
 from mmrstraj_jax.models.quantized import quantize_linears
 from mmrstraj_jax.training import state as states
 from mmrstraj_jax.training.checkpoint import UNREADABLE, read_trainable
+from mmrstraj_jax.training.monitor import read_metrics
 from mmrstraj_jax.weights.load import load_model, with_feature_layer
 from mmrstraj_jax.weights.tokens import copy_tokenizer
 
@@ -86,20 +86,15 @@ def read_config(run_dir: Path) -> Config:
     return configs.from_dict(read_json(run_dir / "config.json"), str(run_dir / "config.json"))
 
 
-def code_fingerprint() -> str:
-    """SHA-256 of this package's source: processes that run different code must not train together."""
-    package = Path(__file__).parent.parent
-    digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def facts(config: Config) -> dict[str, Any]:
-    """What all processes of a run must have in common before any of them loads anything."""
-    values = {name: settings.get(config, name) for name in settings.leaf_fields(Config)}
-    versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
-    return values | versions | {"code of mmrstraj_jax": code_fingerprint()}
+@contextlib.contextmanager
+def _usable(run_dir: Path) -> Iterator[None]:
+    """A folder that the file system refuses is a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{run_dir}: cannot be written ({error.strerror or error}); name another folder with --run-dir"
+        ) from error
 
 
 def prepare(run_dir: Path) -> None:
@@ -108,14 +103,12 @@ def prepare(run_dir: Path) -> None:
     Raises UserError: a file in the way, no permission, a full or read-only disk.
     """
     probe = run_dir / f".probe-{os.getpid()}"
-    try:
+    with _usable(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"0" * 4096)
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"{run_dir}: cannot be written ({error.strerror or error}); name another folder with --run-dir"
-        ) from error
+        try:
+            probe.write_bytes(b"0" * 4096)
+        finally:
+            probe.unlink(missing_ok=True)
 
 
 def status(
@@ -134,16 +127,19 @@ def status(
         say: takes one line of text.
     Raises:
         UserError: the run there has another config (the differences are listed), its checkpoints are all
-            unreadable, or the path is no folder for it.
+            unreadable or gone, or the path is no folder for it.
     """
-    if run_dir.exists() and not run_dir.is_dir():
-        raise UserError(f"{run_dir}: is a file; name a folder with --run-dir")
+    with _usable(run_dir):
+        if run_dir.exists() and not run_dir.is_dir():
+            raise UserError(f"{run_dir}: is a file; name a folder with --run-dir")
+        finished = (run_dir / "summary.json").is_file()  # before glob, which is silent without permission
     saved = [folder.name for folder in (run_dir / "checkpoints").glob("*") if folder.name[-1:].isdigit()]
     if not any(name.isdigit() for name in saved):
-        if any(name.startswith(UNREADABLE) for name in saved) and not allow_fresh:
+        unreadable = any(name.startswith(UNREADABLE) for name in saved)
+        if not allow_fresh and (unreadable or finished or _has_saved(run_dir)):
             raise UserError(
-                f"{run_dir}: all its checkpoints are unreadable; nothing is started over by itself: "
-                "restore a copy, give --allow-fresh, or name a new --run-dir"
+                f"{run_dir}: all its checkpoints are {'unreadable' if unreadable else 'gone'}; nothing is "
+                "started over by itself: restore a copy, give --allow-fresh, or name a new --run-dir"
             )
         return "new"
     if not is_run(run_dir):
@@ -161,7 +157,13 @@ def status(
             f"{run_dir} holds a run with another config: {'; '.join(changed)}. Give the same options to go "
             "on with it, --allow-config-change to go on with these, or name a new --run-dir"
         )
-    return "finished" if (run_dir / "summary.json").is_file() else "resume"
+    return "finished" if finished else "resume"
+
+
+def _has_saved(run_dir: Path) -> bool:
+    """Whether the metrics show that a checkpoint was finished: the second save waits for the first."""
+    rows = read_metrics(run_dir / "metrics.jsonl")
+    return bool(rows) and is_run(run_dir) and rows[-1]["step"] > 2 * read_config(run_dir).save_every
 
 
 # ---- the model of a run ----
@@ -408,22 +410,24 @@ def _load_base(
 
 def create(run_dir: Path, config: Config, base: dict[str, Any], tokenizer_dir: Path) -> None:
     """Writes what every run directory begins with. Raises UserError: the folder cannot be written."""
-    try:
+    with _usable(run_dir):
+        (run_dir / "summary.json").unlink(missing_ok=True)  # of a run that --allow-fresh starts over
         (run_dir / "tokenizer").mkdir(parents=True, exist_ok=True)
         copy_tokenizer(tokenizer_dir, run_dir / "tokenizer")
         write_json(run_dir / "base.json", base)
         write_json(run_dir / "config.json", configs.to_dict(config))
-    except OSError as error:
-        raise UserError(
-            f"{run_dir}: {error.strerror or error}; name a folder that can be written with --run-dir"
-        ) from error
 
 
 def check_resumable(
     run_dir: Path, saved: dict[str, Any], now: dict[str, Any], allow: bool, say: Callable[[str], None]
 ) -> None:
-    """Raises UserError where the data behind the same config is no longer the same, or says so if allowed."""
-    changed = [f"{key} {saved.get(key)} -> {value}" for key, value in now.items() if saved.get(key) != value]
+    """Raises UserError where the data behind the same config is no longer the same, or says so if allowed.
+
+    What a checkpoint of an older version does not tell is not compared.
+    """
+    changed = [
+        f"{key} {saved[key]} -> {value}" for key, value in now.items() if saved.get(key, value) != value
+    ]
     if not changed:
         return
     if not allow:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmrstraj_jax.config import Config, recipe_line
+from mmrstraj_jax.config import INT32, Config, recipe_line
 from mmrstraj_jax.data import records
 from mmrstraj_jax.data.collate import Sizes
 from mmrstraj_jax.data.index import Index, build_index
@@ -83,6 +83,16 @@ class Data:
     train: Loader
     held_out: Loader | None
     types: Mapping[tuple[str, int], str]
+
+    def fingerprints(self) -> dict[str, str | None]:
+        """What all hosts, and all starts of a run, must have in common."""
+        train, held_out = self.train.index, self.held_out and self.held_out.index
+        return {
+            "data": train.fingerprint,
+            "images": train.pixels,
+            "eval_data": held_out and held_out.fingerprint,
+            "eval_images": held_out and held_out.pixels,
+        }
 
 
 def load_data(config: Config, found: Sources, start: Start, cache_dir: Path, say) -> Data:
@@ -192,8 +202,11 @@ def fold(batch: Batch, rows: int) -> Any:
 
 
 def total_steps(config: Config, loader: Loader) -> int:
-    """N of the schedule: `steps`, or what the epochs give."""
-    return config.steps or config.epochs * loader.schedule.steps_per_epoch
+    """N of the schedule: `steps`, or what the epochs give. Raises UserError: too many to be numbered."""
+    total = config.steps or config.epochs * loader.schedule.steps_per_epoch
+    if total > INT32:
+        raise UserError(f"epochs {config.epochs}: {total} steps; expected at most {INT32}, lower it")
+    return total
 
 
 def eval_batches(loader: Loader) -> Iterator[tuple[np.ndarray, Batch]]:

@@ -62,7 +62,7 @@ class Child:
         command = [sys.executable, str(CHILD), fault, *world.options, "--run-dir", str(run_dir), *options]
         with self.log.open("w") as out:
             self.process = subprocess.Popen(
-                command, stdout=out, stderr=subprocess.STDOUT, env=variables | env
+                command, stdout=out, stderr=subprocess.STDOUT, env=variables | env, start_new_session=True
             )
 
     @property
@@ -127,5 +127,4 @@ def loss_log(run_dir: Path) -> list[tuple]:
 def facts(run_dir: Path) -> dict:
     """What two runs have in common when nothing was lost and nothing changed."""
     summary = json.loads((run_dir / "summary.json").read_text())
-    held_out = {key: summary[key] for key in ("steps", "before") if key in summary}
-    return {"state": state_sha256(run_dir), "losses": loss_log(run_dir), "summary": held_out}
+    return {"state": state_sha256(run_dir), "losses": loss_log(run_dir), "summary": summary}

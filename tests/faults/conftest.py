@@ -35,6 +35,17 @@ def straight(world, tmp_path_factory):
     return child.run_dir
 
 
+EVALUATED = ("--eval-samples", "5", "--eval-every", "2")
+
+
+@pytest.fixture(scope="session")
+def evaluated(world, tmp_path_factory):
+    """The same with held-out data."""
+    child = world.start(tmp_path_factory.mktemp("evaluated") / "run", *EVALUATED)
+    child.ends(0)
+    return child.run_dir
+
+
 @pytest.fixture
 def halfway(straight, tmp_path):
     """That run as it was after step 4 of 6, which lies in its second epoch."""

@@ -1,25 +1,32 @@
 """Faults that child.py puts into its own process, by name; each is called before training begins."""
 
+import contextlib
 import os
+import resource
 import shutil
 import signal
 import tempfile
+import threading
 import time
 from pathlib import Path
 
 
-def _at_step(step: int, action) -> None:
-    """Calls action when the main thread begins this step."""
+def _at(what: str, action) -> None:
+    """Calls action when the main thread begins this."""
     from mmrstraj_jax.training.watchdog import Watchdog
 
     real = Watchdog.beat
 
     def beat(self, doing: str) -> None:
         real(self, doing)
-        if doing == f"running step {step}":
+        if doing == what:
             action()
 
     Watchdog.beat = beat
+
+
+def _at_step(step: str | int, action) -> None:
+    _at(f"running step {step}", action)
 
 
 def signal_at(step: str, name: str, times: str = "1") -> None:
@@ -80,15 +87,40 @@ def slow(where: str, marker: str) -> None:
         validation.eval_batches = batches
 
 
-def clock_and_tmp() -> None:
-    """At step 2 the clock jumps back by a day and the folder for temporary files is gone."""
+def clock_and_tmp(when: str, days: str) -> None:
+    """The clock jumps by some days and the folder for temporary files is gone."""
 
     def strike():
         shutil.rmtree(tempfile.gettempdir())
         now = time.time
-        time.time = lambda: now() - 86400
+        time.time = lambda: now() + 86400 * float(days)
 
-    _at_step(2, strike)
+    _at(when, strike) if when else strike()
+
+
+def full_disk(when: str, folder: str) -> None:
+    """Nothing can be written any more: a small file system is filled, elsewhere no file may grow."""
+
+    def fill():
+        for thread in threading.enumerate():
+            if thread.name == "save":  # of the step before
+                thread.join()
+        if not Path(folder).is_mount():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+            return
+        with open(Path(folder) / "fill", "wb", 0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+
+    if when == "summary.json":  # nothing else is being written any more
+        from mmrstraj_jax import train
+
+        real = train.record
+        train.record = lambda path, value: (path.name == when and fill(), real(path, value))
+    elif when:
+        _at(when, fill)
+    else:
+        fill()
 
 
 def other_data() -> None:
@@ -113,9 +145,9 @@ def save_fails() -> None:
 
 def other_code() -> None:
     """This process runs other sources of the package."""
-    from mmrstraj_jax.training import run
+    from mmrstraj_jax.training import distributed
 
-    run.code_fingerprint = lambda: "other"
+    distributed.code_fingerprint = lambda: "other"
 
 
 def kill_worker_at(step: str) -> None:
@@ -129,14 +161,18 @@ def kill_worker_at(step: str) -> None:
     _at_step(int(step), kill)
 
 
-def reading_hangs(row: str) -> None:
-    """A thread that reads data never comes back from this row."""
+def reading_hangs(row: str, number: str | None = None) -> None:
+    """A thread that reads data never comes back from this row; a signal may follow."""
     from mmrstraj_jax.data.loader import Loader
 
-    real = Loader._example
+    real, names = Loader._example, [number] if number else []
 
     def example(self, number):
         if number == int(row) and self.trace is not None:
+            if names:
+                name = names.pop()  # another thread may be at this row of the next epoch
+                time.sleep(3)  # the steps before it are done
+                os.kill(os.getpid(), getattr(signal, name))
             time.sleep(600)
         return real(self, number)
 

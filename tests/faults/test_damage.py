@@ -1,5 +1,6 @@
 """Checkpoints that are damaged, interrupted, or cannot be written (rows 2, 12 to 15, 17, 18)."""
 
+import errno
 import os
 import resource
 import shutil
@@ -156,6 +157,29 @@ def test_a_failed_save_surfaces(copy, monkeypatch, where):
     with pytest.raises(SaveFailed, match="step 3 could not be saved .OSError.*No space left"):
         {"save": lambda: checkpoints.save(4, *state(4), {})}.get(where, getattr(checkpoints, where))()
     assert checkpoints.steps() == [1, 2]
+
+
+def test_an_old_step_that_cannot_be_deleted_is_tried_again(tmp_path, monkeypatch):
+    """Rows 17 and 18: NFS keeps a file that somebody reads, and its folder with it."""
+    real = shutil.rmtree
+
+    def busy(path, *rest, **how):
+        if "removed-" in str(path):
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+        real(path, *rest, **how)
+
+    lines = []
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", busy)
+        checkpoints = saved(tmp_path / "c", {1: None, 2: None, 3: None}, keep_last=1, say=lines.append)
+        (tmp_path / "c" / "4.partial").mkdir()
+        checkpoints.clean()
+    assert checkpoints.steps() == [3] and not (tmp_path / "c" / "4.partial").exists()
+    assert [line.split()[0] for line in lines] == ["WARNING:", "WARNING:", "removed", "WARNING:"]
+    assert "removed-1 cannot be deleted yet (Directory not empty)" in lines[0]
+    checkpoints.save(4, *state(4), {})
+    checkpoints.close()
+    assert os.listdir(tmp_path / "c") == ["4"]
 
 
 def test_a_reader_is_not_disturbed_by_deletion(tmp_path):

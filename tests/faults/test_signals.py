@@ -10,6 +10,7 @@ import time
 
 import pytest
 from children import facts, state_sha256
+from conftest import EVALUATED
 
 from mmrstraj_jax.training import manifest
 from mmrstraj_jax.training.checkpoint import finished_steps
@@ -68,6 +69,14 @@ def test_sigterm_saves_at_the_next_step_boundary(world, straight, tmp_path, step
     assert facts(tmp_path / "run") == facts(straight)
 
 
+def test_sigterm_while_it_waits_for_data_saves_what_is_done(world, straight, tmp_path):
+    """Row 4: loader.timeout is 300 s, more than a scheduler grants."""
+    stopped = world.start(tmp_path / "run", "--save-every", "100", fault="reading_hangs:8:SIGTERM")
+    assert "stopped: SIGTERM after step 2 of 6, which is saved" in stopped.ends(75)
+    world.start(tmp_path / "run").ends(0)
+    assert facts(tmp_path / "run") == facts(straight)
+
+
 @pytest.mark.parametrize("where", ["data", "compile", "eval"])
 def test_sigterm_before_the_first_step_is_honoured_in_time(world, straight, tmp_path, where):
     """Row 4."""
@@ -117,12 +126,16 @@ def test_a_second_run_in_the_same_directory_is_refused(world, halfway):
     assert f"another run (process {first.process.pid} on" in output and output.count("error:") == 1
 
 
-def test_a_clock_that_jumps_and_a_lost_tmp_change_nothing(world, straight, tmp_path):
-    """Rows 24 and 49: the same seed twice, here with the clock set back, temporary files gone, no cache."""
+@pytest.mark.parametrize("when, days", [("", -1), ("running step 5", 1)])
+def test_a_clock_that_jumps_and_a_lost_tmp_change_nothing(world, evaluated, tmp_path, when, days):
+    """Rows 24 and 49: the same seed twice, here with another clock, temporary files gone before the first
+    evaluation or before the last, no cache.
+    """
     (tmp_path / "tmp").mkdir()
     (tmp_path / "file").write_text("")
     nowhere = str(tmp_path / "file" / "cache")  # a folder that cannot be made
     caches = {"JAX_COMPILATION_CACHE_DIR": nowhere, "MMRSTRAJ_CACHE": nowhere}
-    child = world.start(tmp_path / "run", fault="clock_and_tmp", TMPDIR=str(tmp_path / "tmp"), **caches)
+    options, fault = (*EVALUATED, "--loader.workers", "2"), f"clock_and_tmp:{when}:{days}"
+    child = world.start(tmp_path / "run", *options, fault=fault, TMPDIR=str(tmp_path / "tmp"), **caches)
     assert "cannot be written" in child.ends(0)
-    assert facts(tmp_path / "run") == facts(straight)
+    assert facts(tmp_path / "run") == facts(evaluated)
