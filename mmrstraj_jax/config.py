@@ -302,7 +302,7 @@ class Config:
                 raise UserError(f"{key} {getattr(self, key)!r}: expected one of {', '.join(allowed)}")
         if self.feature_layer > 0:
             raise UserError(
-                f"feature_layer {self.feature_layer}: expected -1, -2, ..., or 0 for the weights' own"
+                f"feature_layer {self.feature_layer}: expected -1, -2, ..., or 0: the weights' own"
             )
         _check_names("train_full", self.train_full, TRAINABLE_PARTS)
         if self.quantize_llm != "none" and "language_model" in self.train_full:
@@ -438,7 +438,10 @@ def load_config(name: str, args: list[str], *, model: str | None = None) -> tupl
     if {"--help", "-h"} & set(args):
         import tyro
 
-        about = f"Settings of {path.name}; --config NAME chooses another, --print-config shows the result."
+        about = f"Settings of {path.name}; --config NAME chooses another, --print-config shows the result. "
+        about += (
+            "train takes --allow-config-change, --allow-fresh, --coordinator, --num-processes, --process-id."
+        )
         tyro.cli(Config, default=config, args=["--help"], description=about, prog="[command]")
     return settings.replace(config, overrides), frozenset(overrides)
 

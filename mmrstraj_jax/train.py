@@ -138,6 +138,7 @@ def train(config: Config, overridden: frozenset[str] = frozenset(), launch: Laun
         start = run.start(config, mesh) if saved_step is None else run.reopen(run_dir, config, mesh)
         graphdef, trainable, frozen = states.split(start.model)
         check_groups(trainable, overridden)
+        setup.check_views(config, start.anyres, overridden)
         data = setup.load_data(config, sources, start, cache_root() / "index", log)
         processes.agree("data and weights", data.fingerprints() | {"weights": start.base["fingerprint"]})
         trainable, frozen = (parallel.shard_parameters(tree, mesh) for tree in (trainable, frozen))
@@ -158,6 +159,9 @@ def train(config: Config, overridden: frozenset[str] = frozenset(), launch: Laun
             run.check_resumable(run_dir, saved, meta, launch.allow_config_change, log)
             if launch.allow_config_change:
                 processes.from_first(lambda: run.change_config(run_dir, config))
+        if processes.primary and (problems := data.problems()):
+            record(run_dir / "left_out.json", problems)
+            log(f"all of them: {run_dir / 'left_out.json'}")
         log.open(run_dir / "log.txt")
         for line in parameter_table(trainable, frozen, config.optim):
             log(line)

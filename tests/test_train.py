@@ -490,6 +490,28 @@ def test_an_empty_group_that_was_overridden(world, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_view_size_that_is_not_the_towers_is_refused(world, tmp_path):
+    config = settings(world, tmp_path / "run")
+    other = replace(config, anyres=config.anyres.for_views(2 * config.anyres.view_size, 7))
+    with pytest.raises(UserError, match=f"--anyres.view-size {other.anyres.view_size}: the tower's is "):
+        train(other, frozenset({"anyres.view_size"}))
+    setup.check_views(other, config.anyres, frozenset())  # a recipe's own: the tower's is taken
+
+
+def test_every_row_that_is_left_out_is_on_disk(world, tmp_path, capsys):
+    rows = json.loads(Path(world["data"]).read_text())
+    for row in rows[:8]:
+        row["image"] = f"missing-{row['image']}"
+    data = Path(world["data"]).with_name("mostly missing.json")
+    data.write_text(json.dumps(rows))
+    train(settings(world | {"data": str(data)}, tmp_path / "run", steps=2))
+    found = json.loads((tmp_path / "run" / "left_out.json").read_text())
+    assert [problem["line"] for problem in found if problem["dropped"]] == list(range(8))
+    assert all("missing-" in problem["message"] for problem in found)
+    out = capsys.readouterr().out
+    assert "WARNING: data: 8 of 12 rows are left out" in out and "left_out.json" in out
+
+
 def test_a_run_directory_is_no_weights(straight, tmp_path):
     run_dir, config = straight
     with pytest.raises(UserError, match="is a run directory; continue it with --init-from"):

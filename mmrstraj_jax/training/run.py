@@ -3,6 +3,7 @@
 config.json      the whole Config, data only
 base.json        base weights: where they are, their fingerprint, a checksum per frozen leaf
 tokenizer/       metrics.jsonl   loss.png   tb/   checkpoints/<step>/   log.txt
+left_out.json    rows of the data that are not used, or were remarked on, if any
 summary.json     written last: the run is finished
 """
 

@@ -1,7 +1,7 @@
 """What a run trains on: the embedded defaults or what was named, indexed and bucketed."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmrstraj_jax.config import INT32, Config, recipe_line
+from mmrstraj_jax.config import INT32, AnyResConfig, Config, recipe_line
 from mmrstraj_jax.data import records
 from mmrstraj_jax.data.collate import Sizes
 from mmrstraj_jax.data.index import Index, build_index
@@ -84,6 +84,11 @@ class Data:
     held_out: Loader | None
     types: Mapping[tuple[str, int], str]
 
+    def problems(self) -> list[dict[str, Any]]:
+        """Every row that was left out or remarked on."""
+        loaders = [loader for loader in (self.train, self.held_out) if loader]
+        return [dataclasses.asdict(problem) for loader in loaders for problem in loader.index.problems]
+
     def fingerprints(self) -> dict[str, str | None]:
         """What all hosts, and all starts of a run, must have in common."""
         train, held_out = self.train.index, self.held_out and self.held_out.index
@@ -93,6 +98,17 @@ class Data:
             "eval_data": held_out and held_out.fingerprint,
             "eval_images": held_out and held_out.pixels,
         }
+
+
+def check_views(config: Config, anyres: AnyResConfig, overridden: Collection[str]) -> None:
+    """Raises UserError where a view or patch size was set by hand that is not the tower's."""
+    for name in ("view_size", "patch_size"):
+        given, own = getattr(config.anyres, name), getattr(anyres, name)
+        if f"anyres.{name}" in overridden and given != own:
+            raise UserError(
+                f"--anyres.{name.replace('_', '-')} {given}: the tower's is {own}, which is used; "
+                "drop the option"
+            )
 
 
 def load_data(config: Config, found: Sources, start: Start, cache_dir: Path, say) -> Data:
@@ -143,6 +159,10 @@ def load_data(config: Config, found: Sources, start: Start, cache_dir: Path, say
             say(f"{name}: {'left out' if problem.dropped else 'note'}: {problem}")
         if len(index.problems) > 20:
             say(f"{name}: ... and {len(index.problems) - 20} more")
+        if lost := sum(problem.dropped for problem in index.problems):
+            whole = len(index.rows) + lost
+            much = "WARNING: " if 2 * lost > whole else ""
+            say(f"{much}{name}: {lost} of {whole} rows are left out")
         return _loader(config, index, tokenizer, start, held_out=limit is not None)
 
     train = loader(data, "data", None)
