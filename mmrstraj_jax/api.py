@@ -211,7 +211,7 @@ class Model:
             UserError: no tokenizer, bad messages, or images and videos together.
         """
         if self.tokenizer is None:
-            raise UserError("messages need a tokenizer and this model has none; give token ids")
+            raise UserError("messages need a tokenizer; put tokenizer.json beside the weights or give ids")
         if len(images) and len(videos):
             raise UserError("images and videos in one conversation: messages have one kind of slot, give ids")
         messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)

@@ -296,7 +296,8 @@ def read_trainable(
                 if candidate != candidates[-1]:
                     say(f"WARNING: {problems[-1]}; taking the step before it")
         else:
-            raise UserError(f"{problems[0]}; restore a copy, or name another step")
+            others = "" if step is None else ", or name another step"
+            raise UserError(f"{problems[0]}; restore a copy{others}")
 
 
 def _candidates(directory: Path, step: int | str | None) -> list[int]:
