@@ -106,7 +106,8 @@ class AnyResConfig:
         """The same policy at another view size: tau keeps its share of the full-view token count."""
         tau, old = self.tau * (view_size // patch_size) ** 2 / self.side**2, self.view_size
         grid = tuple((h // old * view_size, w // old * view_size) for h, w in self.grid_pinpoints)
-        return AnyResConfig(self.policy, tau, self.rounding, view_size, patch_size, grid)
+        sizes = {"view_size": view_size, "patch_size": patch_size, "grid_pinpoints": grid}
+        return dataclasses.replace(self, tau=tau, **sizes)
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,7 @@ def train(config: Config, overridden: frozenset[str] = frozenset(), launch: Laun
                 processes.from_first(lambda: run.change_config(run_dir, config))
         if processes.primary and (problems := data.problems()):
             record(run_dir / "left_out.json", problems)
-            log(f"all of them: {run_dir / 'left_out.json'}")
+            log(f"all rows that are left out or remarked on: {run_dir / 'left_out.json'}")
         log.open(run_dir / "log.txt")
         for line in parameter_table(trainable, frozen, config.optim):
             log(line)
