@@ -3,6 +3,7 @@
 python -m datasets_builders rsicap ucm_captions --manual-dir downloads/ --data-dir ~/tensorflow_datasets
 """
 
+import sys
 from pathlib import Path
 
 import tensorflow_datasets as tfds
@@ -26,6 +27,12 @@ def main(args: list[str]) -> int:
         manual = builder.MANUAL_DOWNLOAD_INSTRUCTIONS
         if manual and (options.manual_dir is None or not (Path(options.manual_dir) / name).is_dir()):
             raise UserError(f"{name}: expected its files in --manual-dir: {manual}")
+        if Path(builder.data_path).exists():
+            # TFDS takes what is there, whatever became of the files it was made from
+            print(
+                f"{builder.data_path}: built before, not read again; remove it to build it anew",
+                file=sys.stderr,
+            )
         config = tfds.download.DownloadConfig(manual_dir=options.manual_dir)
         builder.download_and_prepare(download_config=config)
         counts = ", ".join(f"{split} {info.num_examples:,}" for split, info in builder.info.splits.items())

@@ -129,7 +129,8 @@ def main(args: list[str]) -> int:
     plan, args = take_flag(args, "--plan")
     show, args = take_flag(args, "--print-config")
     words, tables = _words(config_path, step) if config_path else ([], set(STEPS))
-    config = settings.replace(kind(), settings.overrides(words + args, kind))
+    # not the words of both in one: a list's words would add up, and options win
+    config = settings.replace(kind(), settings.overrides(words, kind) | settings.overrides(args, kind))
     if show:
         print(settings.format_config(config))
         return 0

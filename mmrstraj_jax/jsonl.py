@@ -62,9 +62,13 @@ def writer(path: Path) -> Iterator[IO[bytes]]:
     with path.open("ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise UserError(
                 f"{path}: another process is writing it; wait for it or name another --out"
+            ) from None
+        except OSError as error:  # Lustre and NFS may be mounted without locks
+            raise UserError(
+                f"{path}: no file can be locked here ({error.strerror}); name a folder on another file system"
             ) from None
         data = path.read_bytes()
         if len(data) != (whole := data.rfind(b"\n") + 1):

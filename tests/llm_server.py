@@ -39,7 +39,8 @@ def text_of(body: dict) -> str:
 
 class Model:
     """`behave(body, number of this key's try)` gives None (answer), a status, "hang", "cut", "garbage",
-    "empty", "long", "thought" (cut off before any text), or the text of a reply."""
+    "empty", "long", "thought" (cut off before any text), "filtered", "refused" (both without text), or the
+    text of a reply."""
 
     def __init__(self):
         self.tries, self.paid, self.bodies, self.keys = Counter(), Counter(), [], []
@@ -114,10 +115,12 @@ class Model:
                 self.paid[key] += 1
                 own = isinstance(kind, str) and kind not in ("cut", "hang")
                 content = kind if own else answer(text_of(body))
-                content = None if kind == "thought" else content
-                self._answered[key] = content, "length" if kind in ("long", "thought") else "stop"
+                content = None if kind in ("thought", "filtered", "refused") else content
+                finish = {"long": "length", "thought": "length", "filtered": "content_filter"}
+                self._answered[key] = content, finish.get(kind, "stop")
             content, finish = self._answered[key]
         message = {"role": "assistant", "content": content}
+        message |= {"refusal": "I cannot help with that."} if kind == "refused" else {}
         choice = {"index": 0, "message": message, "finish_reason": finish}
         whole = {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"]}
         return json.dumps(whole | {"choices": [choice], "usage": USAGE}).encode()

@@ -1,5 +1,6 @@
 """The steps that make trips and windows: sources, regions, anchors, extents, resume, what has no imagery."""
 
+import errno
 import json
 import shutil
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmrstraj_jax import build
+from mmrstraj_jax import build, jsonl
 from mmrstraj_jax.construction import candidates, providers, tiles, windows
 from mmrstraj_jax.construction.download import Downloader
 from mmrstraj_jax.errors import UserError
@@ -109,6 +110,28 @@ def test_what_has_no_imagery_is_counted_and_extents_hold_the_trip(world, tmp_pat
     assert (image[y.astype(int), x.astype(int)] == [255, 40, 40]).all(1).mean() > 0.9
 
 
+def test_large_extents_reach_the_scores_and_larger_ones_are_counted(tmp_path, monkeypatch):
+    """Larger than what a server may send at a time, and than what training takes."""
+    rows = [f"t,{1_500_000_000 + at * 10},{1.3 + at * 8e-4:.7f},{103.8 + at * 8e-4:.7f}" for at in range(36)]
+    (tmp_path / "trips.csv").write_text("id,time,lat,lon\n" + "\n".join(rows) + "\n")
+    build.main(["trajectories", "--out", str(tmp_path), "--source", f"csv:{tmp_path}/trips.csv"])
+    monkeypatch.setattr(providers.TileFolder, "image", lambda self, window: textured(window))
+    imagery(tmp_path, tmp_path, "--zooms", "18", "19", "--extent", "--tiles", str(tmp_path))
+    (record,) = records(tmp_path)
+    assert 4096**2 < record["window"]["width"] * record["window"]["height"] and record["window"]["zoom"] == 18
+    counts = json.loads((tmp_path / "imagery" / "manifest.json").read_bytes())["counts"]
+    assert counts["dropped"] == {"extent too large": 1}
+    assert "expected at most 89478485 in all" in counts["first"]["extent too large"]
+    build.main(["quality", "--out", str(tmp_path), "--min-score", "1", "--max-cloud", "1"])
+
+
+def textured(window):
+    noise = np.random.default_rng(0).integers(0, 255, (256, 256, 3), np.uint8)
+    return np.tile(noise, (window.height // 256 + 1, window.width // 256 + 1, 1))[
+        : window.height, : window.width
+    ]
+
+
 def test_synthcity_is_a_provider(tmp_path):
     provider = providers.provider_of(
         providers.ProviderSettings(provider="synthcity", city="3:1.3:103.8"), Downloader(None)
@@ -167,10 +190,14 @@ def test_sources_regions_and_quotas(world, tmp_path):
     )
     found = run("d", "--source", f"csv:{columns[0]}", "--columns", "id=who", "time=when", "lat=y", "lon=x")
     assert found["kept"] == {"Singapore": 1}
+    (tmp_path / "american.csv").write_text("id,time,lat,lon\n" + "a,12/31/2020 5:00 PM,1.3,103.8\n" * 2)
     for words, message in (
         (["--source", source, "--regions", "A=1:2:3"], "NAME=WEST:SOUTH:EAST:NORTH"),
         (["--source", source, "--quotas", "Singapore=99"], "99 trips asked for, 8 available"),
         (["--source", source, "--cleaning.min-length", "1e6"], "no usable trip; dropped"),
+        (["--source", source, source], "expected each path once"),
+        (["--source", f"csv:{tmp_path}/american.csv"], "'malformed row': 2.*'malformed row': .*csv: line 2'"),
+        (["--source", f"geolife:{tmp_path}", "--columns", "time=t"], "--columns: goes with sources of the"),
     ):
         with pytest.raises(UserError, match=message):
             run("e" + message[:3], *words)
@@ -270,6 +297,16 @@ def test_a_temporary_file_of_the_first_write_does_not_block_the_folder(world, tm
     (tmp_path / "other" / "imagery" / "mine.txt").write_text("x")
     with pytest.raises(UserError, match="holds mine.txt"):
         imagery(world, tmp_path / "other", "--zooms", "18")
+
+
+def test_a_file_system_without_locks_is_called_that(world, tmp_path, monkeypatch):
+    def flock(file, how):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    for write in (lambda: imagery(world, tmp_path), lambda: jsonl.writer(tmp_path / "log").__enter__()):
+        with pytest.raises(UserError, match="no file can be locked here .Function not implemented"):
+            write()
 
 
 def test_utc_can_be_said_where_the_format_has_its_own_clock(tmp_path):

@@ -1,6 +1,7 @@
 """Scores, rejection, duplicates and the split by place, on defects planted one by one."""
 
 import json
+import shutil
 
 import build_case
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image, ImageFilter
 from mmrstraj_jax import build, jsonl
 from mmrstraj_jax.construction import quality, rsi_traffic, selection
 from mmrstraj_jax.construction.files import sha256
-from mmrstraj_jax.construction.tiles import Window, window_at
+from mmrstraj_jax.construction.tiles import Window, tile_at, window_at
 from mmrstraj_jax.construction.trajectories import Trajectory
 from mmrstraj_jax.errors import UserError
 
@@ -129,6 +130,21 @@ def test_no_held_out_window_overlaps_a_training_one(test_share, val_share):
     assert {r["id"]: r["split"] for r in again} == {r["id"]: r["split"] for r in rows}
 
 
+def test_a_place_on_the_border_of_two_regions_is_in_one_split():
+    rows, places = [], {}
+    for number in range(400):
+        places[f"{number:03d}"] = window_at(1.3 + number // 20 * 0.003, 103.8 + number % 20 * 0.003, 18, 128)
+        rows.append({"id": f"{number:03d}", "region": "AB"[number % 2], "rejected": "", "split": ""})
+    config = selection.Quality(test_share=0.3, place_zoom=14)
+    selection._split(rows, places, config)
+    splits = {}
+    for row in rows:
+        cell = tuple(map(int, tile_at(*places[row["id"]].center, 14)))
+        splits.setdefault(cell, set()).add(row["split"])
+    assert len(splits) > 6 and {"train"} in splits.values() and {"test"} in splits.values()
+    assert all(len(found - {""}) == 1 for found in splits.values())
+
+
 def test_planted_defects_are_rejected_with_their_reason_and_people_overrule(tmp_path):
     build_case.write_world(tmp_path, trips=8)
     (tmp_path / "city.toml").write_text(build_case.config(tmp_path, "http://127.0.0.1:1").read_text())
@@ -171,6 +187,24 @@ def test_planted_defects_are_rejected_with_their_reason_and_people_overrule(tmp_
         selection.run(
             tmp_path / "b", tmp_path / "city" / "trajectories", tmp_path / "city" / "imagery", config
         )
+
+
+def test_steps_made_from_other_trips_or_images_are_refused(tmp_path):
+    build_case.write_world(tmp_path, trips=8)
+    words = [
+        "--out",
+        str(tmp_path / "city"),
+        "--config",
+        str(build_case.config(tmp_path, "http://127.0.0.1:1")),
+    ]
+    for step in ("trajectories", "imagery", "quality"):
+        build.main([step, *words])
+    for folder, more in (("imagery", ["--size", "100"]), ("trajectories", ["--total", "3"])):
+        shutil.rmtree(tmp_path / "city" / folder)
+        build.main([folder, *words, *more])
+        step = "rsi-traffic" if folder == "imagery" else "quality"
+        with pytest.raises(UserError, match="was made from another .*jsonl; remove .* and run"):
+            build.main([step, *words])
 
 
 def test_a_users_last_row_counts_without_its_line_break(tmp_path):

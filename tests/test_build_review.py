@@ -106,7 +106,8 @@ def test_from_tasks_to_the_accepted_set(city, tmp_path, capsys):
         first = tasks[number]["data"]["item"].endswith("#0")
         return ("wrong" if number == 0 else "supported" if first else "unsupported"), ""
 
-    (tmp_path / "ann.json").write_text(json.dumps(annotated(tasks, {"id": 3, "email": "ann@lab"}, ann)))
+    ann_said = json.dumps(annotated(tasks, {"id": 3, "email": "ann@lab"}, ann))
+    (tmp_path / "ann.json").write_text(f"\ufeff{ann_said}")  # saved again by an editor
     (tmp_path / "bo.json").write_text(json.dumps(annotated(tasks, 12, bo)))
     run(city, "--verdicts", tmp_path / "ann.json", "--accepted", "one")
     run(city, "--verdicts", tmp_path / "bo.json", "--reviewers", "2", "--accepted", "two")
@@ -138,6 +139,22 @@ def test_from_tasks_to_the_accepted_set(city, tmp_path, capsys):
         (r["item"], r["reviewer"], r["verdict"], r["edit"])
         for r in jsonl.read(city / "review" / "rsi-traffic" / "verdicts.jsonl")
     }
+
+
+def test_a_split_of_which_nothing_is_left_has_no_file(city, tmp_path):
+    """An empty list would be refused by training and by the TFDS builder."""
+    run(city, "--tasks", tmp_path / "tasks.json")
+    tasks = json.loads((tmp_path / "tasks.json").read_bytes())
+    files = sorted(path.name for path in (city / "rsi-traffic").glob("rsi_*.json"))
+    kept = {row["id"] for row in json.loads((city / "rsi-traffic" / files[0]).read_bytes())}
+    assert files == ["rsi_traffic.json", "rsi_traffic_test.json"]
+
+    def said(number):
+        return ("supported" if tasks[number]["data"]["item"].split("#")[0] in kept else "wrong"), ""
+
+    (tmp_path / "v.json").write_text(json.dumps(annotated(tasks, 1, said)))
+    run(city, "--verdicts", tmp_path / "v.json", "--accepted", "kept")
+    assert [path.name for path in (city / "kept").glob("rsi_*.json")] == ["rsi_traffic.json"]
 
 
 def test_captions_of_people_need_no_review(city, tmp_path):
@@ -184,6 +201,28 @@ def test_the_last_verdict_of_a_file_counts_without_its_line_break(city, tmp_path
     (tmp_path / "v.jsonl").write_text("\n".join(map(json.dumps, rows)))
     run(city, "--verdicts", tmp_path / "v.jsonl")
     assert jsonl.read(city / "review" / "rsi-traffic" / "verdicts.jsonl") == rows
+
+
+def test_the_same_export_again_changes_no_verdict(city, tmp_path):
+    """A reviewer who judged an answer twice has two annotations in every export."""
+    run(city, "--tasks", tmp_path / "tasks.json")
+    task = json.loads((tmp_path / "tasks.json").read_bytes())[0]["data"]
+    rows = [{k: task[k] for k in ("item", "text")} | verdict("ann", said) for said in ("wrong", "supported")]
+    (tmp_path / "v.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for _ in range(3):
+        run(city, "--verdicts", tmp_path / "v.jsonl")
+        assert jsonl.read(city / "review" / "rsi-traffic" / "verdicts.jsonl") == rows[1:]
+
+
+def test_tasks_may_lie_beside_the_images_they_show(city, tmp_path):
+    run(city, "--tasks", city / "rsi-traffic" / "tasks.json")
+    tasks = json.loads((city / "rsi-traffic" / "tasks.json").read_bytes())
+    (tmp_path / "v.json").write_text(json.dumps(annotated(tasks, 1, lambda n: ("supported", ""))))
+    run(city, "--verdicts", tmp_path / "v.json", "--accepted", "kept")
+    assert not (city / "kept" / "tasks.json").exists() and (city / "kept" / "rsi_traffic.json").is_file()
+    (tmp_path / "v.json").write_text(json.dumps(annotated(tasks, 2, lambda n: ("wrong", ""))))
+    with pytest.raises(UserError, match="input verdicts: changed.* name another --accepted"):
+        run(city, "--verdicts", tmp_path / "v.json", "--accepted", "kept")
 
 
 def test_a_set_of_an_older_build_with_an_id_twice_is_named(city, tmp_path):

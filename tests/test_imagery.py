@@ -204,7 +204,10 @@ def test_xyz_caches_retries_and_stitches(stub, tmp_path):
     assert image[0, 0].tolist() == [44964 % 256, 104674 % 256, 0]
     assert image[511, 511].tolist() == [44966 % 256, 104676 % 256, 0]
     assert np.array_equal(provider.image(window), image) and len(stub.paths) == 11  # all from the cache
-    cached = next(path for path in tmp_path.rglob("*") if path.is_file())
+    stub.answer = lambda path: (200, {"Content-Type": "image/jpg"}, png())  # not its name, but often said
+    provider.image(Window(18, 0, 0, 256, 256))
+    stub.answer, stub.paths[11:] = answer, []
+    cached = next(path for path in tmp_path.rglob("44964/*") if path.is_file())
     cached.write_bytes(cached.read_bytes()[:40])
     with pytest.warns(UserWarning, match="downloaded again"):
         assert np.array_equal(provider.image(window), image)
@@ -262,6 +265,9 @@ def test_google_static_signs_and_is_never_stored(stub, monkeypatch, tmp_path):
         provider.image(Window(19, 0, 0, 700, 512))
     with pytest.raises(UserError, match="forbid a cache"):
         providers.GoogleStatic(downloader(tmp_path))
+    settings = providers.ProviderSettings(provider="google", key_variable="MY_KEY")
+    with pytest.raises(UserError, match="MY_KEY: not set"):
+        providers.provider_of(settings, downloader(None)).image(window)
 
 
 def test_keys_appear_in_no_error_file_or_record(stub, tmp_path, monkeypatch, capfd):

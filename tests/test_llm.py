@@ -327,6 +327,41 @@ def test_a_thought_without_text_is_an_unusable_reply_and_paid_once(model, tmp_pa
     assert run.spent == pytest.approx(2 * 300 / 1e6)
 
 
+@pytest.mark.parametrize(
+    ("kind", "problem"),
+    [
+        ("filtered", "content filter"),
+        ("refused", "not one JSON object"),
+        ('{"answer": "\\ud83d"}', "half an emoji"),
+    ],
+    ids=["filtered", "refused", "emoji"],
+)
+def test_a_refusal_costs_one_image_not_the_run(model, tmp_path, kind, problem):
+    """Content null, as filters and refusals have it: asked again once, then set aside, and the run ends."""
+    model.behave = lambda body, attempt: kind if "image 1" in text_of(body) else None
+    asked = requests(3)
+    run = client(model, tmp_path / "log")
+    outcomes = run.run(talk(asked))
+    assert [outcome.values for outcome in outcomes] == [expected(asked)[0], None, expected(asked)[2]]
+    assert problem in outcomes[1].problem and sum(model.tries.values()) == 4
+    assert run.spent == pytest.approx(4 * 300 / 1e6)
+
+
+def test_a_server_that_rejects_everything_is_a_wrong_setting(model, tmp_path):
+    """As with an option that the model does not take: it ends early, and what was rejected is asked again."""
+    model.behave = lambda body, attempt: 422
+    with pytest.raises(UserError, match="rejected all of the first 4 calls .HTTP status 422.* --extra-body"):
+        client(model, tmp_path / "log").run(talk(requests(100)))
+    assert sum(model.tries.values()) <= 8
+    model.behave = lambda body, attempt: 400 if "image 7" in text_of(body) else None
+    outcomes = client(model, tmp_path / "log").run(talk(requests(20)))
+    assert [n for n, outcome in enumerate(outcomes) if outcome.values is None] == [7]
+    # once the server has accepted others, a rejection stays one
+    tries = sum(model.tries.values())
+    assert client(model, tmp_path / "log").run(talk(requests(20))) == outcomes
+    assert sum(model.tries.values()) == tries
+
+
 def test_the_extra_body_is_sent_and_old_logs_stay_good(model, tmp_path):
     asked = Request("v1", "s", "p", extra='{"chat_template_kwargs": {"enable_thinking": false}}')
     client(model, tmp_path / "log").run(talk([asked]))

@@ -110,4 +110,8 @@ def test_grounding_of_numbers_and_colours():
     assert prompts.ungrounded("25 cars", "twenty-five cars and thirty two planes") == []
     assert prompts.ungrounded("Five cars", "twenty-five cars") == ["number 5"]
     assert prompts.ungrounded("There are 15 ships.", caption) == ["number 15"]
+    assert prompts.ungrounded("bluish, whitish, purplish and tan", "Roofs.") == [
+        f"colour {name}" for name in ("blue", "purple", "tan", "white")
+    ]
+    assert prompts.ungrounded("The water is blue, the roofs are white.", "whitish roofs, bluish water") == []
     assert prompts.ungrounded("Three blue pools", caption) == ["colour blue", "number 3"]

@@ -41,6 +41,7 @@ def test_tokens(text, count):
         ("Point A. is north of B. There it ends.", 1),  # initials do not end a sentence
         ("道路很宽。房屋很低。", 2),
         ("Really?! Yes...", 2),
+        ("No. The road is narrow. It is road no. 5 of the map.", 3),
         ("...", 0),
         ("", 0),
     ],
@@ -214,6 +215,16 @@ def test_wrong_words_are_named(words, message):
     with pytest.raises(UserError, match=message) as error:
         statistics_report.command(words)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "beside", ["[]", "{", '{"shapes": [], "window": [1]}', '{"shapes": [], "region": 3}']
+)
+def test_json_of_another_tool_beside_an_image_is_no_record(traffic, beside):
+    for name in "ab":
+        (traffic.parent / "images" / f"{name}.json").write_text(beside)
+    (traffic.parent / "provenance.jsonl").unlink()
+    assert [row["region"] for row in regions(load(traffic))] == ["place unknown"]
 
 
 def test_a_bad_row_is_an_error_and_not_left_out(tmp_path):

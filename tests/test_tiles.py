@@ -109,6 +109,10 @@ def test_window_at_is_centred_within_half_a_pixel():
         assert abs(pixel * np.cos(np.radians(window.center[0])) - window.gsd) < 1e-9
     with pytest.raises(UserError, match="leave the map"):
         tiles.window_at(85.05, 0, 5)
+    for size in (1, 255, 256, 511):  # an odd window's middle is that of a pixel
+        for lon in np.linspace(103.8, 103.8001, 40):
+            x, y = tiles.window_at(1.3, lon, 18, size).pixels(1.3, lon)
+            assert abs(x - size / 2) <= 0.5 and abs(y - size / 2) <= 0.5
 
 
 def test_window_over_a_trip():

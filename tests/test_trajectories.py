@@ -49,6 +49,10 @@ def test_geolife_modes_and_oddities(tmp_path):
     ]
     assert trips[0].time.tolist() == [T0, T0 + 1] and trips[0].lat[1] == 39.981 and trips[0].user == "010"
     assert report.points == {"malformed row": 2} and "line 10" in report.first["malformed row"]
+    (folder / "20081024025304.plt").write_text(
+        PLT
+    )  # the broken label stays one, however many traces it is for
+    assert read(tmp_path, "geolife")[1].points == {"malformed row": 2}
     (folder / "x.plt").write_text("lat,lon\n")
     with pytest.raises(UserError, match="Geolife trajectory"):
         read(folder / "x.plt", "geolife")
@@ -185,6 +189,17 @@ def test_gcj02_offset_inverts():
     assert geodesy.distance(lat, lon, *geodesy.gcj02_to_wgs84(*moved)).max() < 1e-3
 
 
+def test_gcj02_is_that_of_the_published_implementations():
+    # a pair of the JavaScript package coordtransform
+    lat, lon = geodesy.wgs84_to_gcj02(39.915, 116.404)
+    assert (lat, lon) == (pytest.approx(39.91640428150164), pytest.approx(116.41024449916938))
+    # outside China's box nothing moves: Los Angeles, Jakarta, Tokyo, and a mixed array
+    lats, lons = np.array([34.05, -6.2, 35.7, 39.9]), np.array([-118.2, 106.8, 139.7, 116.4])
+    for change in (geodesy.wgs84_to_gcj02, geodesy.gcj02_to_wgs84):
+        moved = geodesy.distance(lats, lons, *change(lats, lons))
+        assert moved[:3].tolist() == [0, 0, 0] and 300 < moved[3] < 700
+
+
 # ---- cleaning ----
 
 
@@ -238,6 +253,7 @@ def test_accuracy_box_order_and_gaps():
     assert (np.diff(part.time) == 1).all() and report.remarks == {"reordered": 1}
     _, report = run(drive(), box=(103.8, 1.0, 103.81, 2.0))
     assert set(report.points) == {"outside the box"}
+    assert len(run(drive(), box=(-180.0, 0.0, 180.0, 90.0))[0][0]) == 200  # the northern half of the Earth
     trip = drive()
     trip.time[100:] += 400
     parts, report = run(trip)

@@ -1,5 +1,7 @@
 """Folders of trip files as they come: equal names, parts that share trips, damaged and odd files."""
 
+import gzip
+
 import pytest
 
 from mmrstraj_jax.construction import readers
@@ -106,3 +108,85 @@ def test_gotrack_points_of_another_name_are_refused(tmp_path):
     (tmp_path / "points.csv").write_text("id,latitude,longitude,track_id,time\n")
     with pytest.raises(UserError, match="points.csv: expected the name go_track_trackspoints.csv"):
         read(tmp_path / "points.csv", "gotrack")
+
+
+def test_the_same_id_in_several_parts_is_several_trips(tmp_path):
+    head = "TRIP_ID,TAXI_ID,TIMESTAMP,MISSING_DATA,POLYLINE\n"
+    bodies = {
+        "porto": [head + f'T{n},2,1372636858,False,"[[1,2],[3,4]]"\n' for n in (1, 1, 2)],
+        "tdrive": [f"{n},2008-02-02 15:36:08,116.5,39.9\n" for n in ("T1", "T1", "T2")],
+    }
+    for format, parts in bodies.items():
+        for name, body in zip("abc", parts, strict=True):
+            path = tmp_path / format / f"{name}.{'csv' if format == 'porto' else 'txt'}"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(body)
+        trips, _ = read(tmp_path / format, format)
+        assert [trip.id for trip in trips] == ["T1", "b/T1", "T2"]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (gzip.compress(b"id,time,lat,lon\n1,0,1,2\n"), "packed with gzip; unpack it first"),
+        (b"PK\x03\x04" + bytes(30), "packed with zip; unpack it first"),
+        ("id,time,lat,lon\n1,0,1,2\n".encode("utf-16"), "UTF-16; save it again as UTF-8"),
+    ],
+    ids=["gzip", "zip", "utf-16"],
+)
+@pytest.mark.parametrize("format", ["csv", "porto", "tdrive", "geolife"])
+def test_a_packed_file_is_called_that(tmp_path, body, message, format):
+    (tmp_path / "t").write_bytes(body)
+    with pytest.raises(UserError, match=message) as caught:
+        read(tmp_path / "t", format)
+    assert str(caught.value).isprintable()
+
+
+def test_semicolons_tabs_quoted_breaks_and_a_byte_order_mark(tmp_path):
+    for mark in ",;\t":
+        rows = [
+            'id,time,lat,lon,"note, of\r\nall"',
+            '7,2020-01-01T00:00:00Z,1.5,2.5,"a\r\nb"',
+            "7,1,1.5,2.5,c",
+        ]
+        (tmp_path / "t.csv").write_bytes(("\ufeff" + "\r\n".join(rows)).replace(",", mark).encode())
+        (trip,), report = read(tmp_path / "t.csv", "csv")
+        assert trip.time.tolist() == [1577836800, 1] and trip.lat.tolist() == [1.5, 1.5]
+        assert trip.id == "7" and not report.points
+    (tmp_path / "t.csv").write_text('id, time, lat, lon\n7, "2020-01-01 00:00:00", 1.5, "2.5"\n')
+    (trip,), _ = read(tmp_path / "t.csv", "csv")
+    assert (trip.time[0], trip.lon[0]) == (1577836800, 2.5)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("1500000000", 1.5e9),
+        ("1500000000123", 1500000000.123),
+        ("1500000000123456", 1500000000.123456),
+        ("1500000000000000000", 1.5e9),
+        ("2017-07-14 02:40:00 UTC", 1.5e9),
+        ("2017/07/14 02:40:00 GMT", 1.5e9),
+        ("2017-07-14 10:40:00+08:00", 1.5e9),
+        ("2017-07-14 03:40:00", 1.5e9),  # on the clock of the test, an hour ahead
+    ],
+)
+def test_times(text, expected):
+    assert readers.seconds(text, 3600) == pytest.approx(expected, abs=1e-6)
+
+
+def test_geolife_labels_are_on_the_clock_of_the_traces(tmp_path, monkeypatch):
+    folder = tmp_path / "010" / "Trajectory"
+    folder.mkdir(parents=True)
+    rows = [f"39.98,116.31,0,492,39744.12,2008-10-23,02:53:{at:02d}" for at in range(10)]
+    (folder / "a.plt").write_text(PLT + "\r\n".join(rows) + "\r\n", newline="")
+    (folder / "._a.plt").write_bytes(b"\x00\x05\x16\x07")  # macOS's companion of a file
+    (tmp_path / "010" / "labels.txt").write_text(
+        "Start Time\tEnd Time\tMode\n2008/10/23 02:53:00\t2008/10/23 02:53:09\tbus\n"
+    )
+    for offset in (None, 8):
+        (trip,), _ = read(tmp_path, "geolife", utc_offset=offset)
+        assert trip.mode == "bus" and len(trip) == 10
+    monkeypatch.chdir(folder)
+    (trip,), _ = read("a.plt", "geolife")
+    assert (trip.id, trip.user, trip.mode) == ("010/a", "010", "bus")

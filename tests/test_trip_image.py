@@ -81,6 +81,13 @@ def test_the_extent_holds_all_but_wrong_fixes(world, tmp_path):
     assert np.array_equal(image, map_pixels(record["window"]))
 
 
+def test_an_extent_that_the_model_would_refuse_is_refused_before_it_is_loaded(world, tmp_path):
+    at = np.arange(30)
+    path = write_plt(tmp_path / "long.plt", LAT + at * 2e-3, LON + at * 2e-3)
+    with pytest.raises(UserError, match="extent of .* at zoom 18: expected at most 89478485 in all"):
+        trip_image.write(tmp_path / "o.png", path, settings(world, extent=True))
+
+
 def test_the_track_is_drawn_where_the_trip_went(world, tmp_path):
     plain, _ = made(world, tmp_path)
     drawn, record = made(world, tmp_path, draw_track=True)
@@ -99,6 +106,8 @@ def test_one_of_several_trips_is_named(world, tmp_path):
         trip_image.write(tmp_path / "o.png", path, config)
     with pytest.raises(UserError, match="none is 'c'"):
         trip_image.write(tmp_path / "o.png", path, dataclasses.replace(config, trip="c"))
+    with pytest.raises(UserError, match="--columns time: expected FIELD=COLUMN"):
+        trip_image.write(tmp_path / "o.png", path, dataclasses.replace(config, columns=("time",)))
     record = trip_image.write(tmp_path / "o.png", path, dataclasses.replace(config, trip="b"))
     assert record["trip"] == "b" and record["fixes"]["read"] == 20
 

@@ -1,5 +1,6 @@
 """Trips, their flow and their files: against other ways to compute them, and through the readers."""
 
+import csv
 import heapq
 import json
 import math
@@ -251,6 +252,18 @@ def test_cleaning_finds_the_recorded_defects(tmp_path):
     )
     assert report.remarks["split at a gap"] == sum(len(d.get("gap", ())) for d in truth.values())
     assert report.remarks["reordered"] == sum(len(d.get("reordered", ())) // 2 for d in truth.values())
+
+
+def test_speeds_in_the_file_are_those_of_vehicles(tmp_path):
+    """Beside a gap too, where neighbours lie a minute apart; a doubled time stamp doubles one of them."""
+    path = traces.write(tmp_path, "grab", make_city(7), 120, seed=1)
+    found = {row["trj_id"]: [] for row in csv.DictReader(path.open())}
+    for row in csv.DictReader(path.open()):
+        found[row["trj_id"]].append(float(row["speed"]))
+    truth = {row["id"]: row["defects"] for row in map(json.loads, (tmp_path / "truth.jsonl").open())}
+    assert sum("gap" in defects for defects in truth.values()) > 5
+    for name, speeds in found.items():
+        assert max(speeds) < (2 if "duplicate" in truth[name] else 1) * 35 and max(speeds) > 1, name
 
 
 def test_bad_arguments_are_user_errors(tmp_path):

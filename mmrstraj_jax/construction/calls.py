@@ -56,6 +56,7 @@ class Log:
     def __init__(self, path: Path):
         """Reads it, if there is one. Raises UserError: a damaged log."""
         self.replies: dict[str, dict[str, Any]] = {}
+        self.answered = False  # whether the server ever accepted a call
         self.spent = 0.0  # dollars, with the worst case of calls that may have been billed without an answer
         self._open: dict[str, float] = {}
         for row in jsonl.read(path) if path.exists() else ():
@@ -63,6 +64,9 @@ class Log:
             if not isinstance(key, str) or isinstance(cost, bool) or not isinstance(cost, int | float):
                 raise UserError(f"{path}: a row without key or cost; expected a log of language-model calls")
             self.count(row)
+        if not self.answered:
+            # a server that has rejected all there was did so for a setting, which may be mended by now
+            self.replies.clear()
         # calls that were under way when their process died
         self.spent += sum(self._open.values())
         self._open.clear()
@@ -76,6 +80,7 @@ class Log:
             return
         self._open.pop(key, None)
         self.spent += row["cost"]
+        self.answered |= "reply" in row
         if "reply" in row or "rejected" in row:
             self.replies[key] = row
 

@@ -60,12 +60,16 @@ def run(folder: Path, config: Trajectories) -> None:
     Raises UserError: bad settings, a source that cannot be read, or no trip that is left.
     """
     sources = dict(_source(text) for text in config.source)
+    if len(sources) < len(config.source):
+        raise UserError(f"--source {' '.join(config.source)}: expected each path once")
     if not sources:
         raise UserError("--source: expected FORMAT:PATH, e.g. --source geolife:Data/ or csv:trips.csv")
+    if config.columns and "csv" not in sources.values():
+        raise UserError("--columns: goes with sources of the format csv; the others have their own")
     if config.utc and config.utc_offset:
         raise UserError(f"--utc and --utc-offset {config.utc_offset}: expected one of them")
     quotas = {}
-    for name, text in _pairs(config.quotas, "quotas", "REGION=COUNT").items():
+    for name, text in pairs(config.quotas, "quotas", "REGION=COUNT").items():
         if not text.isdecimal() or not int(text):
             raise UserError(f"--quotas {name}={text}: expected REGION=COUNT, a whole number, 1 or more")
         quotas[name] = int(text)
@@ -80,7 +84,10 @@ def run(folder: Path, config: Trajectories) -> None:
             for trip in tqdm(_trips(config, sources, boxes, report), "reading", unit=" trips", disable=None)
         ]
         if not stubs:
-            raise UserError(f"--source: no usable trip; dropped: {dict(report.points)}, {dict(report.trips)}")
+            dropped = (
+                f"dropped: {dict(report.points)}, {dict(report.trips)}; the first of each: {report.first}"
+            )
+            raise UserError(f"--source: no usable trip; {dropped}")
         chosen = set(sample(stubs, config.total, config.seed, quotas=quotas or None, equal=config.equal))
         kept = Counter()
         with lines_writer(folder / TRIPS) as write:
@@ -109,7 +116,7 @@ def _row(trip: Trajectory) -> dict:
 
 
 def _trips(config: Trajectories, sources: dict[Path, str], boxes, report: Report) -> Iterator[Trajectory]:
-    columns = _pairs(config.columns, "columns", "FIELD=COLUMN") or None
+    columns = pairs(config.columns, "columns", "FIELD=COLUMN") or None
     for number, (path, format) in enumerate(sources.items()):
         found = readers.read(
             path,
@@ -140,14 +147,15 @@ def _source(text: str) -> tuple[Path, str]:
     return Path(path), format
 
 
-def _pairs(texts: tuple[str, ...], option: str, form: str) -> dict[str, str]:
-    pairs = {}
+def pairs(texts: tuple[str, ...], option: str, form: str) -> dict[str, str]:
+    """{name: value} of NAME=VALUE words. Raises UserError: another form, or a name twice."""
+    found = {}
     for text in texts:
         name, sign, value = text.partition("=")
-        if not (name and sign and value) or name in pairs:
+        if not (name and sign and value) or name in found:
             raise UserError(f"--{option} {text}: expected {form}, each name once")
-        pairs[name] = value
-    return pairs
+        found[name] = value
+    return found
 
 
 def _number(text: str, where: str) -> float:
@@ -160,7 +168,7 @@ def _number(text: str, where: str) -> float:
 def _boxes(texts: tuple[str, ...]) -> dict[str, tuple[float, float, float, float]]:
     form = "NAME=WEST:SOUTH:EAST:NORTH"
     boxes = {}
-    for name, value in _pairs(texts, "regions", form).items():
+    for name, value in pairs(texts, "regions", form).items():
         numbers = tuple(_number(part, f"--regions {name}") for part in value.split(":"))
         if not is_box(numbers):
             raise UserError(f"--regions {name}={value}: expected {form} in degrees, south below north")

@@ -89,7 +89,7 @@ def _valid(trip: Trajectory, limits: Cleaning, report: Report, where: str) -> Tr
     trip = _keep(trip, tiles.on_map(trip.lat), "off the map", report, where)
     if limits.box:
         west, south, east, north = limits.box
-        wide = (east - west) % 360
+        wide = 360.0 if east - west >= 360 else (east - west) % 360
         inside = (trip.lat >= south) & (trip.lat <= north) & ((trip.lon - west) % 360 <= wide)
         trip = _keep(trip, inside, "outside the box", report, where)
     if trip.accuracy is not None:

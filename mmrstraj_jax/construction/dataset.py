@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import re
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -147,6 +148,14 @@ def build(step: Step, name: str, config: ModelSettings, starts: Starts, dropped:
     """
     samples, _ = _talk(step.folder, name, config, starts)
     outputs = write(step.folder, name, samples)
+    lacking = [problem for sample in samples for problem in sample.problems]
+    if lacking:
+        first, log = lacking[0], step.folder / "quarantine.jsonl"
+        print(
+            f"{name}: {len(lacking)} of {len(samples)} samples lack a turn, the first {first['id']} "
+            f"({first['stage']}: {first['problem']}); all are in {log}",
+            file=sys.stderr,
+        )
     step.finish(counts(samples) | {"dropped": dict(sorted(dropped.items()))}, outputs)
 
 

@@ -17,7 +17,7 @@ from mmrstraj_jax.construction.files import write_atomic
 from mmrstraj_jax.construction.imagery import NoImagery, decode
 from mmrstraj_jax.errors import UserError
 
-_IMAGES = ("image/png", "image/jpeg")
+_IMAGES = ("image/png", "image/jpeg", "image/jpg")  # the last is no such type, but what some servers say
 
 
 class RateLimiter:

@@ -51,13 +51,21 @@ def to_metres(
 
 # ---- GCJ-02 ----
 
+# China's box, in which the published implementations apply the offset
+_WEST, _SOUTH, _EAST, _NORTH = 72.004, 0.8293, 137.8347, 55.8271
 # The Krasovsky 1940 ellipsoid, on which the offset is defined
 _AXIS, _ECCENTRICITY2 = 6_378_245.0, 0.006_693_421_622_965_943
 
 
 def wgs84_to_gcj02(lat: Degrees, lon: Degrees) -> tuple[Degrees, Degrees]:
-    """The offset (100 to 700 m) of Chinese maps, by its commonly published formula. Only valid in China."""
-    x, y = np.asarray(lon, np.float64) - 105.0, np.asarray(lat, np.float64) - 35.0
+    """The offset (100 to 700 m) of Chinese maps, by its commonly published formula.
+
+    Positions outside China's box stay as they are: there such maps have no offset, and the formula gives
+    kilometres.
+    """
+    lat, lon = np.asarray(lat, np.float64), np.asarray(lon, np.float64)
+    inside = (_WEST <= lon) & (lon <= _EAST) & (_SOUTH <= lat) & (lat <= _NORTH)
+    x, y = lon - 105.0, lat - 35.0
     root = np.sqrt(np.abs(x))
     wave = 20 * np.sin(6 * np.pi * x) + 20 * np.sin(2 * np.pi * x)
     north = -100 + 2 * x + 3 * y + 0.2 * y * y + 0.1 * x * y + 0.2 * root + wave * 2 / 3
@@ -70,7 +78,7 @@ def wgs84_to_gcj02(lat: Degrees, lon: Degrees) -> tuple[Degrees, Degrees]:
     w = 1 - _ECCENTRICITY2 * np.sin(phi) ** 2
     meridian = _AXIS * (1 - _ECCENTRICITY2) / (w * np.sqrt(w)) * np.pi / 180
     parallel = _AXIS / np.sqrt(w) * np.cos(phi) * np.pi / 180
-    return lat + north / meridian, lon + east / parallel
+    return lat + np.where(inside, north / meridian, 0.0), lon + np.where(inside, east / parallel, 0.0)
 
 
 def gcj02_to_wgs84(lat: Degrees, lon: Degrees) -> tuple[Degrees, Degrees]:

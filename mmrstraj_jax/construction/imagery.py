@@ -14,7 +14,7 @@ from mmrstraj_jax.construction.files import dump, write_atomic
 from mmrstraj_jax.construction.tiles import Window
 from mmrstraj_jax.errors import UserError
 
-_MAX_PIXELS = 4096 * 4096
+_MAX_PIXELS = 4096 * 4096  # of what a server sent
 _MAGIC = {"PNG": b"\x89PNG\r\n\x1a\n", "JPEG": b"\xff\xd8\xff"}
 
 
@@ -37,7 +37,9 @@ class Source:
     capture_date: str = ""  # where the provider states one
 
 
-def decode(body: bytes, where: str, size: tuple[int, int] | None = None) -> UInt8[np.ndarray, "H W 3"]:
+def decode(
+    body: bytes, where: str, size: tuple[int, int] | None = None, max_pixels: int = _MAX_PIXELS
+) -> UInt8[np.ndarray, "H W 3"]:
     """RGB pixels of a PNG or JPEG; partly transparent ones in their own colour.
 
     Raises DamagedImage: another format, or broken. NoImagery: nothing but transparent pixels. UserError:
@@ -51,8 +53,8 @@ def decode(body: bytes, where: str, size: tuple[int, int] | None = None) -> UInt
         with Image.open(io.BytesIO(body), formats=[kind]) as image:
             if size is not None and image.size != size:
                 raise UserError(f"{where}: {image.size} pixels, expected {size}")
-            if image.width * image.height > _MAX_PIXELS:
-                raise UserError(f"{where}: {image.size} pixels, expected at most {_MAX_PIXELS} in all")
+            if image.width * image.height > max_pixels:
+                raise UserError(f"{where}: {image.size} pixels, expected at most {max_pixels} in all")
             if any(";16" in str(part.args) for part in image.tile):
                 # Pillow clips grey at 255 and keeps the upper 8 bits of colours: nearly black reflectances
                 raise UserError(f"{where}: deeper than 8 bits; convert the tiles to 8-bit RGB with a stretch")

@@ -65,7 +65,7 @@ def _annotation(row: Mapping[str, str]) -> dict[str, Any]:
 def read(path: Path) -> Iterator[dict[str, str]]:
     """{item, text, reviewer, verdict, edit} of every annotation. Raises UserError: another form."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; expected Label Studio's JSON export") from None
     except ValueError:

@@ -61,6 +61,7 @@ class Client:
         self._reserved = 0.0
         self._stopped = ""
         self._failed: list[str] = []  # why, of the calls that failed since the last success
+        self._rejected = 0
         self._unanswered = ""
 
     @property
@@ -170,6 +171,7 @@ class Client:
             finally:
                 self._reserved -= worst
             self._write(file, row)
+            self._stop_if_nothing_is_accepted(row)
             if key in self._known.replies:
                 self._failed.clear()
                 return
@@ -185,6 +187,17 @@ class Client:
                 f"to the server and run again: every reply so far is in {self.log}"
             )
         raise _Unanswered(f"{why}, {self.tries} times")
+
+    def _stop_if_nothing_is_accepted(self, row: dict[str, Any]) -> None:
+        """One bad request is that request's fault; when all are rejected, it is a setting's."""
+        if "rejected" not in row or self._known.answered:
+            return
+        self._rejected += 1
+        if self._rejected == max(4, self.concurrency):
+            self._stopped = (
+                f"{self.base_url}: rejected all of the first {self._rejected} calls ({row['rejected']}); see "
+                "to the model's name, --max-tokens and --extra-body and run again"
+            )
 
     def _write(self, file: IO[bytes], row: dict[str, Any]) -> None:
         jsonl.append(file, row)
@@ -220,8 +233,9 @@ class Client:
             )
             choice = completion.choices[0]
             reply, finish = choice.message.content, choice.finish_reason
-            if reply is None and finish == "length":
-                reply = ""  # a thought that the server set apart took all the tokens: paid, no answer
+            if reply is None:
+                # a refusal, a filter, or a thought that the server set apart: paid, and no usable answer
+                reply = getattr(choice.message, "refusal", None) or ""
             if not isinstance(reply, str):
                 raise ValueError("no text")
             usage = completion.usage

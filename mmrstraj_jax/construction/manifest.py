@@ -39,16 +39,19 @@ class Step:
         step.finish(counts, outputs)
     """
 
-    def __init__(self, folder: Path, name: str, config: Any, inputs: Mapping[str, Path]):
+    def __init__(
+        self, folder: Path, name: str, config: Any, inputs: Mapping[str, Path], option: str = "--out"
+    ):
         """
         Args:
           config: the step's settings, a frozen dataclass. Fields with the metadata {"run": True} (addresses,
             concurrency, limits of cost) do not shape the output and are not recorded.
           inputs: files and folders by name; those inside the build's own folder are written relative to it.
+          option: of the command, that names the folder.
         """
         self.folder, self.name = folder, name
         self.done = False
-        self._config = config
+        self._config, self._option = config, option
         self._inputs = dict(inputs)
 
     def __enter__(self) -> "Step":
@@ -62,11 +65,13 @@ class Step:
             ) from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
             self._lock.close()
-            raise UserError(
-                f"{self.folder}: another process is building here; wait or name another --out"
-            ) from None
+            if isinstance(error, BlockingIOError):
+                why = f"another process is building here; wait or name another {self._option}"
+            else:  # Lustre and NFS may be mounted without
+                why = f"no file can be locked here ({error.strerror}); name a folder on another file system"
+            raise UserError(f"{self.folder}: {why}") from None
         try:
             self._compare()
         except BaseException:
@@ -98,9 +103,11 @@ class Step:
         defaults = dict(_leaves(recorded(type(self._config)()), ""))
         changes = list(_changes(found, given, defaults))
         if changes:
+            paid = (self.folder / "calls.jsonl").exists()
+            but = " but its calls.jsonl: what is paid is used again" if paid else ""
             raise UserError(
-                f"{path}: was built differently ({'; '.join(changes)}); name another --out, "
-                "or repeat the old settings"
+                f"{path}: was built differently ({'; '.join(changes)}); name another {self._option}, repeat "
+                f"the old settings, or remove what is in {self.folder}{but}"
             )
         if found.get("status") == "finished":
             for name, known in found["outputs"].items():
@@ -138,11 +145,17 @@ def load(path: Path) -> dict[str, Any]:
     return value
 
 
-def finished(folder: Path, step: str) -> dict[str, Any]:
-    """The manifest of a step that another one builds on. Raises UserError: missing or unfinished."""
+def finished(folder: Path, step: str, **inputs: Path) -> dict[str, Any]:
+    """The manifest of a step that another one builds on.
+
+    Raises UserError: missing, unfinished, or not made from these `inputs`: a step before it was built again.
+    """
     found = load(folder / NAME)
     if found["step"] != step or found["status"] != "finished":
         raise UserError(f"{folder}: step {found['step']} is {found['status']}; finish {step} first")
+    for name, path in inputs.items():
+        if found["inputs"].get(name, {}).get("sha256") != sha256(path):
+            raise UserError(f"{folder}: was made from another {path}; remove {folder} and run {step} again")
     return found
 
 

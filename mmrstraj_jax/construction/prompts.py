@@ -189,8 +189,10 @@ _DECADES = "twenty thirty forty fifty sixty seventy eighty ninety"
 _TENS = {word: value for value, word in zip(range(20, 100, 10), _DECADES.split(), strict=True)}
 _NUMBERS |= _TENS | {"hundred": 100, "dozen": 12, "single": 1, "pair": 2}
 _COLORS = (
-    "black white gray red green blue yellow orange brown purple pink beige cyan turquoise golden silver"
+    "black white gray red green blue yellow orange brown purple pink beige cyan turquoise golden silver tan "
+    "violet maroon teal magenta khaki"
 ).split()
+_SHORTENED = {"whit": "white", "blu": "blue", "purpl": "purple", "orang": "orange"}  # whitish, bluish, ...
 
 
 def _facts(text: str) -> set[str]:
@@ -201,6 +203,7 @@ def _facts(text: str) -> set[str]:
     facts = set()
     for word in words:
         stem = re.sub(r"(?:(?<=d)d)?ish$", "", word).replace("grey", "gray")  # reddish, greyish
+        stem = _SHORTENED.get(stem, stem)
         if word[0].isdigit():
             facts.add(f"number {float(word):g}")
         elif word in _NUMBERS:

@@ -262,7 +262,9 @@ PROVIDERS: dict[str, Callable[[ProviderSettings, Downloader], Provider]] = {
     "xyz": lambda config, downloader: XYZ(
         config.tiles, _source(config), downloader, config.key_variable or None
     ),
-    "google": lambda config, downloader: GoogleStatic(downloader),
+    "google": lambda config, downloader: GoogleStatic(
+        downloader, key_variable=config.key_variable or "GOOGLE_MAPS_API_KEY"
+    ),
     "earthengine": _earthengine,
     "stac": lambda config, downloader: Stac(
         config.tiles, config.collection, config.asset, _source(config), downloader

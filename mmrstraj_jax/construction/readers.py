@@ -5,23 +5,21 @@ Files are read in sorted order. Times end as UTC seconds: `utc_offset` (hours) i
 names no zone.
 """
 
-import csv
 import dataclasses
 import itertools
 import json
-import sys
 import xml.etree.ElementTree as ElementTree
 from array import array
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mmrstraj_jax.construction import geodesy
+from mmrstraj_jax.construction.rows import lines_of, rows_of, seconds
 from mmrstraj_jax.construction.trajectories import Report, Trajectory
 from mmrstraj_jax.errors import UserError
 
@@ -36,7 +34,6 @@ GRAB_COLUMNS = {
 }
 WORLDTRACE_COLUMNS = {"time": "time", "lat": "latitude", "lon": "longitude"}
 GENERIC_COLUMNS = {name: name for name in ("id", "time", "lat", "lon")}
-_MILLISECONDS = 1e11  # as seconds: the year 5138
 
 
 def read(
@@ -71,6 +68,7 @@ def read(
     offset = 3600 * (own_offset if utc_offset is None else utc_offset)
     files = _files(Path(path), suffixes, format)
     stems = Counter(file.stem for file in files)
+    used: set[str] = set()
     folders: dict[Path, list[Path]] = {}
     for file in files:
         # Grab's export cuts trips into parts: a folder of them is read as one
@@ -88,6 +86,10 @@ def read(
                 id = _apart(id, file, Path(path))
             elif format == "csv" and len(files) > 1 and id != file.stem:
                 id = f"{file.stem}/{id}"  # ids are unique inside a file only
+            if format in ("porto", "tdrive") and len(files) > 1:
+                # a set cut into parts, or a file for each day: the same id comes in several of them
+                id = _apart(id, file, Path(path)) if id in used else id
+                used.add(id)
             yield trip if id == trip.id else trip.take(slice(None), id=id)
 
 
@@ -102,8 +104,9 @@ def _apart(id: str, file: Path, root: Path) -> str:
 def _files(path: Path, suffixes: tuple[str, ...], format: str) -> list[Path]:
     if path.is_file():
         return [path]
-    # .PLT and .GPX too, as some receivers and old file systems write them
-    files = (file for file in path.rglob("*") if file.name.lower().endswith(suffixes))
+    # .PLT and .GPX too, as some receivers and old file systems write them; not ._NAME.plt, which macOS puts
+    # beside each file on foreign disks and into archives
+    files = (file for file in path.rglob("[!.]*") if file.name.lower().endswith(suffixes))
     found = sorted(file for file in files if file.is_file())
     if not found:
         problem = (
@@ -111,34 +114,6 @@ def _files(path: Path, suffixes: tuple[str, ...], format: str) -> list[Path]:
         )
         raise UserError(f"{path}: {problem}; expected {format} trajectories")
     return found
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(number, line); bytes that are no UTF-8 spoil their row only."""
-    try:
-        with path.open(encoding="utf-8-sig", errors="replace", newline=None) as file:
-            yield from enumerate(file, 1)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; expected a readable file") from None
-
-
-def seconds(text: Any, offset: float) -> float:
-    """UTC seconds of a number (seconds, or milliseconds from 1e11 on) or of a date and time.
-
-    A time with its own zone ignores `offset`. Raises ValueError.
-    """
-    if isinstance(text, datetime):
-        moment = text
-    else:
-        try:
-            value = float(text)
-        except (TypeError, ValueError):
-            moment = datetime.fromisoformat(str(text).strip().replace("/", "-"))
-        else:
-            return value / 1000 if abs(value) >= _MILLISECONDS else value
-    if moment.tzinfo is not None:
-        return moment.timestamp()
-    return moment.replace(tzinfo=UTC).timestamp() - offset
 
 
 class _Trips:
@@ -185,26 +160,6 @@ def _add_rows(
         trips.add(id, line, time, lat, lon, accuracy, **about)
 
 
-def _rows(path: Path, needed: Iterable[str]) -> Iterator[tuple[int, dict]]:
-    """(line, row) of a CSV with a header. Quoted polylines of a day are longer than csv's default limit."""
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    reader = csv.reader(line for _, line in _lines(path))
-    try:
-        header = [name.strip() for name in next(reader, [])]
-        missing = [name for name in needed if name not in header]
-        if missing:
-            raise UserError(
-                f"{path}: no column {', '.join(missing)}; expected them among {', '.join(header)[:200]}"
-            )
-        for row in reader:
-            if row:
-                # a short row lacks values, a long one has unquoted commas: neither can be trusted
-                values = row if len(row) == len(header) else [None] * len(header)
-                yield reader.line_num, dict(zip(header, values, strict=True))
-    except csv.Error as error:
-        raise UserError(f"{path}: line {reader.line_num}: {error}; expected a CSV file") from None
-
-
 def _csv(path: Path, report: Report, offset: float, columns: Mapping[str, str]) -> Iterable[Trajectory]:
     wrong = sorted(set(columns) - set(FIELDS)) or sorted({"time", "lat", "lon"} - set(columns))
     if wrong:
@@ -212,7 +167,7 @@ def _csv(path: Path, report: Report, offset: float, columns: Mapping[str, str]) 
             f"columns: {', '.join(wrong)}; expected time, lat, lon and of {', '.join(FIELDS)} any"
         )
     trips = _Trips(path)
-    _add_rows(trips, _rows(path, columns.values()), columns, report, offset)
+    _add_rows(trips, rows_of(path, columns.values()), columns, report, offset)
     return trips
 
 
@@ -224,7 +179,7 @@ def _grab(paths: Sequence[Path], report: Report, offset: float) -> Iterable[Traj
     trips = _Trips(paths[0])
     for path in paths:
         trips.source = str(path)
-        rows = _parquet(path) if path.suffix.lower() == ".parquet" else _rows(path, GRAB_COLUMNS.values())
+        rows = _parquet(path) if path.suffix.lower() == ".parquet" else rows_of(path, GRAB_COLUMNS.values())
         _add_rows(trips, rows, GRAB_COLUMNS, report, offset)
     return trips
 
@@ -263,18 +218,18 @@ def _generic(path: Path, report: Report, offset: float) -> Iterable[Trajectory]:
 # ---- GeoLife ----
 
 
-def _labels(path: Path, report: Report) -> list[tuple[float, float, str]]:
+def _labels(path: Path, report: Report, offset: float) -> list[tuple[float, float, str]]:
     """Sorted (start, end, mode) of a user's labels.txt, whose times are GMT like those of the traces."""
     spans = []
-    for number, line in _lines(path) if path.is_file() else ():
+    for number, line in lines_of(path) if path.is_file() else ():
         cells = line.rstrip("\n").split("\t")
         if number == 1 or not line.strip():
             continue
         try:
             start, end, mode = cells
-            spans.append((seconds(start, 0), seconds(end, 0), mode.strip()))
+            spans.append((seconds(start, offset), seconds(end, offset), mode.strip()))
         except ValueError:
-            report.drop("malformed row", 1, f"{path}: line {number}")
+            report.drop_once("malformed row", f"{path}: line {number}")
     return sorted(spans)
 
 
@@ -299,10 +254,11 @@ def _geolife(path: Path, report: Report, offset: float) -> Iterator[Trajectory]:
 
     A trace with several labelled modes becomes one trip for each stretch of one mode.
     """
-    user_folder = path.parent.parent if path.parent.name == "Trajectory" else path.parent
+    folder = path.absolute().parent  # "x.plt" alone has a user as well
+    user_folder = folder.parent if folder.name == "Trajectory" else folder
     user = user_folder.name
     trips = _Trips(path)
-    for number, line in _lines(path):
+    for number, line in lines_of(path):
         if number == 1 and not line.startswith("Geolife"):
             raise UserError(f"{path}: line 1 is {line.strip()[:40]!r}; expected 'Geolife trajectory'")
         if number <= 6 or not line.strip():
@@ -312,7 +268,7 @@ def _geolife(path: Path, report: Report, offset: float) -> Iterator[Trajectory]:
             trips.add(path.stem, number, seconds(f"{date} {time.strip()}", offset), float(lat), float(lon))
         except ValueError:
             report.drop("malformed row", 1, f"{path}: line {number}")
-    mode_at = _modes(_labels(user_folder / "labels.txt", report))
+    mode_at = _modes(_labels(user_folder / "labels.txt", report, offset))
     for trip in trips:
         modes = [mode_at(time) for time in trip.time]
         cuts = [i for i in range(1, len(modes)) if modes[i] != modes[i - 1]]
@@ -327,7 +283,7 @@ def _geolife(path: Path, report: Report, offset: float) -> Iterator[Trajectory]:
 def _porto(path: Path, report: Report, offset: float) -> Iterator[Trajectory]:
     """Porto (ECML-PKDD 2015): one row a trip, POLYLINE a quoted JSON list of [lon, lat], one each 15 s."""
     seen = set()
-    for line, row in _rows(path, ("TRIP_ID", "TAXI_ID", "TIMESTAMP", "MISSING_DATA", "POLYLINE")):
+    for line, row in rows_of(path, ("TRIP_ID", "TAXI_ID", "TIMESTAMP", "MISSING_DATA", "POLYLINE")):
         where = f"{path}: line {line}"
         try:
             points = np.array(json.loads(row["POLYLINE"]), np.float64)
@@ -351,7 +307,7 @@ def _porto(path: Path, report: Report, offset: float) -> Iterator[Trajectory]:
 def _tdrive(path: Path, report: Report, offset: float) -> Iterable[Trajectory]:
     """T-Drive: `<taxi>.txt` without header: taxi, local date and time, longitude, latitude."""
     trips = _Trips(path)
-    for number, line in _lines(path):
+    for number, line in lines_of(path):
         try:
             taxi, time, lon, lat = line.split(",")
             fix = seconds(time, offset), float(lat), float(lon)
@@ -374,12 +330,12 @@ def _gotrack(path: Path, report: Report, offset: float) -> Iterable[Trajectory]:
         )
     modes, users = {}, {}
     tracks = path.with_name("go_track_tracks.csv")
-    for _, row in _rows(tracks, ("id", "id_android", "car_or_bus")):
+    for _, row in rows_of(tracks, ("id", "id_android", "car_or_bus")):
         modes[row["id"]] = {"1": "car", "2": "bus"}.get(row["car_or_bus"], "")
         users[row["id"]] = row["id_android"] or ""
     columns = {"id": "track_id", "time": "time", "lat": "latitude", "lon": "longitude"}
     trips = _Trips(path)
-    _add_rows(trips, _rows(path, columns.values()), columns, report, offset)
+    _add_rows(trips, rows_of(path, columns.values()), columns, report, offset)
     for id, about in trips.about.items():
         about.update(mode=modes.get(id, ""), user=users.get(id, ""))
     return trips

@@ -42,6 +42,11 @@ class Text:
             return f"{len(value.strip())} characters, expected {self.min_chars} to {self.max_chars}"
         if _CONTROL.search(value):
             return "a control word of the chat format, expected plain text"
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            # neither a training file nor the next call could hold it
+            return "half an emoji (a lone surrogate), expected plain text"
         return ""
 
 
@@ -120,6 +125,8 @@ class Request:
 
     def read(self, reply: str, finish: str = "stop") -> tuple[dict[str, str] | None, str]:
         """(values, "") of a usable reply, else (None, why)."""
+        if finish == "content_filter":
+            return None, "the server's content filter withheld it."
         if finish == "length":
             return None, f"it was cut off after {self.max_tokens} tokens; be shorter."
         values, why = parse(reply, self.schema)

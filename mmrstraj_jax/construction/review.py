@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mmrstraj_jax import jsonl
-from mmrstraj_jax.construction import label_studio
+from mmrstraj_jax.construction import label_studio, manifest
 from mmrstraj_jax.construction.files import dump, lines_writer, read_lines, write_atomic
 from mmrstraj_jax.construction.label_studio import VERDICTS
 from mmrstraj_jax.construction.manifest import Step, finished
@@ -68,12 +68,21 @@ def run(out: Path, config: Review) -> None:
 
 def load(folder: Path) -> tuple[dict[str, list[dict]], dict[str, dict]]:
     """({file name: rows}, {id: provenance}) of a data set. Raises UserError: two rows of one id."""
-    files = sorted(path for path in folder.glob("*.json") if path.name != "manifest.json")
-    rows = {path.name: json.loads(path.read_bytes()) for path in files}
+    # not by the folder: tasks for Label Studio may lie there too, beside the images that they show
+    outputs = manifest.load(folder / manifest.NAME)["outputs"]
+    files = sorted(name for name in outputs if name.endswith(".json") and "/" not in name)
+    rows = {name: _rows(folder / name) for name in files}
     for id, count in Counter(row["id"] for file in rows.values() for row in file).most_common(1):
         if count > 1:
             raise UserError(f"{folder}: {count} rows have the id {id!r}; expected one: build the set again")
     return rows, {row["id"]: row for row in read_lines(folder / "provenance.jsonl")}
+
+
+def _rows(path: Path) -> list[dict]:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        raise UserError(f"{path}: missing or damaged; restore it, or build the set again") from None
 
 
 def _items(rows: Mapping[str, list[dict]], made: Mapping[str, dict]):
@@ -96,6 +105,7 @@ def _mark(answer: str) -> str:
 def _take_in(path: Path, log: Path, items: Mapping[str, dict]) -> None:
     """Appends the verdicts of a file that are new; all of them are checked first."""
     found = list(jsonl.read(path, log=False) if path.suffix == ".jsonl" else label_studio.read(path))
+    new: dict[tuple[str, str], dict] = {}
     for number, row in enumerate(found, 1):
         _check(row, f"{path}: verdict {number}")
         item = items.get(row["item"])
@@ -104,10 +114,11 @@ def _take_in(path: Path, log: Path, items: Mapping[str, dict]) -> None:
             raise UserError(
                 f"{path}: verdict {number}: {name!r} is not in this data set, or its text changed"
             )
+        new[row["item"], row["reviewer"]] = row  # of several the last one counts, as in the log
     with jsonl.writer(log) as file:
         last = {(row["item"], row["reviewer"]): row for row in jsonl.read(log)}
-        for row in found:
-            if last.get((row["item"], row["reviewer"])) != row:
+        for who, row in new.items():
+            if last.get(who) != row:
                 jsonl.append(file, row)
 
 
@@ -204,7 +215,7 @@ def _accept(folder: Path, source: Path, log: Path, config: Review) -> None:
         raise UserError(f"{log}: no verdicts yet; take some in with --verdicts, or say --keep-unreviewed")
     inputs = {"dataset": source / "manifest.json"} | ({"verdicts": log} if log.exists() else {})
     policy = _Policy(config.dataset, config.reviewers, config.keep_unreviewed)
-    with Step(folder, "review", policy, inputs) as step:
+    with Step(folder, "review", policy, inputs, "--accepted") as step:
         if step.done:
             return
         rows, made = load(source)
@@ -219,8 +230,9 @@ def _accept(folder: Path, source: Path, log: Path, config: Review) -> None:
                         outputs.append(folder / path.relative_to(source))
                         write_atomic(outputs[-1], path.read_bytes())
             kept += [row["id"] for row in accepted]
-            write_atomic(folder / file, dump(accepted))
-            outputs.append(folder / file)
+            if accepted:  # a split of which nothing is left has no file, as in a set that was built
+                write_atomic(folder / file, dump(accepted))
+                outputs.append(folder / file)
         with lines_writer(folder / "provenance.jsonl") as write:
             for id in kept:
                 write(made[id])

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ def _captions(config: Instruct, dropped: Counter) -> Iterator[Captioned]:
     file = path / "captions.json" if path.is_dir() else path
     images = Path(config.images) if config.images else None
     seen, ids = set(), set()
-    for sample in _rsicap(file, images) if _is_rsicap(file) else _rows(file, images):
+    for sample in _rsicap(file, images) if _is_rsicap(file) else _rows(file, images, dropped):
         reason = (
             "image used before"
             if sample.image in seen
@@ -111,9 +112,17 @@ def _rsicap(file: Path, images: Path | None) -> Iterator[Captioned]:
         yield Captioned(item.id, item.images[0], item.references[0])
 
 
-def _rows(file: Path, images: Path | None) -> Iterator[Captioned]:
-    for row in records.load(str(file), images).rows:
-        if row.kind == "image" and len(row.images) == 1:
+def _rows(file: Path, images: Path | None, dropped: Counter) -> Iterator[Captioned]:
+    found = records.load(str(file), images)
+    for problem in found.problems:
+        if problem.dropped:
+            dropped["bad row"] += 1
+            if dropped["bad row"] <= 20:  # as many as training shows
+                print(f"left out: {problem}", file=sys.stderr)
+    for row in found.rows:
+        if len(row.images) != 1 or row.blobs:
+            dropped["not one image in a file"] += 1
+        else:
             yield Captioned(row.id, row.image_paths()[0], row.conversations[1]["value"].strip())
 
 

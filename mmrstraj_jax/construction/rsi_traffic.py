@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from mmrstraj_jax import jsonl
-from mmrstraj_jax.construction import dataset, prompts, selection
+from mmrstraj_jax.construction import dataset, prompts, selection, windows
 from mmrstraj_jax.construction.calls import Conversation
 from mmrstraj_jax.construction.dataset import Look, ModelSettings, Sample, by_model, seeded
+from mmrstraj_jax.construction.files import read_lines
 from mmrstraj_jax.construction.manifest import Step, finished
 from mmrstraj_jax.construction.ranges import check
 from mmrstraj_jax.construction.request import ImageFile
@@ -44,10 +45,14 @@ def run(folder: Path, imagery: Path, quality: Path, config: Traffic, look: Look 
     """
     ratios = config.ratios
     finished(imagery, "imagery")
-    finished(quality, "quality")
+    finished(quality, "quality", images=imagery / windows.INDEX)
     inputs = {"images": quality / selection.SCORES}
     inputs |= {"context": Path(config.context)} if config.context else {}
     context = _context(Path(config.context)) if config.context else {}
+    if context and not any(row["id"] in context for row in read_lines(quality / selection.SCORES)):
+        raise UserError(
+            f"--context {config.context}: none of its ids is an image's; expected those of scores.jsonl"
+        )
     starts = [
         functools.partial(_converse, row, imagery / "images" / row["image"], context, ratios, config)
         for row in selection.accepted(quality)

@@ -65,7 +65,7 @@ def run(folder: Path, trips: Path, imagery: Path, config: Quality) -> None:
     Raises UserError: bad settings or scores, unfinished steps, or no image that is left for training.
     """
     finished(trips, "trajectories")
-    finished(imagery, "imagery")
+    finished(imagery, "imagery", trips=trips / candidates.TRIPS)
     inputs = {"images": imagery / windows.INDEX, "trips": trips / candidates.TRIPS}
     inputs |= {"people": Path(config.people)} if config.people else {}
     with Step(folder, "quality", config, inputs) as step:
@@ -126,7 +126,7 @@ def _measure(path: Path, imagery: Path, records: list[dict]) -> dict[str, dict[s
             place = imagery / "images" / record["image"]
             if not place.is_file() or sha256(place) != record["sha256"]:
                 raise UserError(f"{place}: missing or changed since it was made; build the imagery again")
-            pixels = decode(place.read_bytes(), str(place))
+            pixels = decode(place.read_bytes(), str(place), max_pixels=windows.MAX_PIXELS)
             bits = np.packbits(quality.perceptual_hash(pixels)).tobytes().hex()
             row = {"sha256": record["sha256"], "hash": bits}
             row |= {"measures": quality.to_dict(quality.measure(pixels))}
@@ -208,11 +208,13 @@ def _reject(rows: list[dict], measured: Mapping[str, dict], config: Quality) -> 
 def _split(rows: list[dict], places: Mapping[str, tiles.Window], config: Quality) -> None:
     """Holds out whole places of each region until the shares are reached, the places in a seeded order."""
     groups: dict[str, dict[tuple, list[dict]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
+    owner: dict[tuple, str] = {}  # a place on the border of two regions counts for one: it is held out whole
+    for row in sorted(rows, key=lambda row: row["id"]):
         if not row["rejected"]:
             lat, lon = places[row["id"]].center
             x, y = tiles.tile_at(lat, lon, config.place_zoom)
-            groups[row["region"]][(int(x), int(y))].append(row)
+            cell = (int(x), int(y))
+            groups[owner.setdefault(cell, row["region"])][cell].append(row)
     for region, cells in groups.items():
         total = sum(map(len, cells.values()))
         order = sorted(cells, key=lambda c: hashlib.sha256(f"{config.seed}\0{region}\0{c}".encode()).digest())

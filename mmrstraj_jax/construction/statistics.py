@@ -28,8 +28,9 @@ _TOKEN = re.compile(r"\d+(?:[.,]\d+)*|\w+(?:['’-]\w+)*|[^\w\s]")
 # initial and the number of a list item do not.
 _END = re.compile(r"(?:(?<=[.!?…])[\"'”’)\]]*\s+|[。！？]+|\n+)")
 _NO_END = re.compile(
-    r"(?:\b(?:e\.g|i\.e|etc|vs|approx|ca|cf|fig|no|st|dr|mr|mrs)|\b[A-Z]|^\s*\d+)\.$", re.IGNORECASE
+    r"(?:\b(?:e\.g|i\.e|etc|vs|approx|ca|cf|fig|st|dr|mr|mrs)|\b[A-Z]|^\s*\d+)\.$", re.IGNORECASE
 )
+_NUMBER = re.compile(r"\bno\.$", re.IGNORECASE)  # "No. 5"; before anything but a digit it is an answer
 
 # ---- counting ----
 
@@ -47,7 +48,8 @@ def sentences(text: str) -> int:
     ]
     for start, end, mark in cuts:
         piece = text[begin:start]
-        if "\n" not in mark and _NO_END.search(piece):
+        short = _NO_END.search(piece) or (_NUMBER.search(piece) and text[end : end + 1].isdigit())
+        if "\n" not in mark and short:
             continue
         count += bool(re.search(r"\w", piece))
         begin = end
@@ -167,9 +169,15 @@ def _recorded(image: str) -> dict[str, Any]:
     path = Path(image).with_suffix(".json") if image else None
     if path is None or not path.is_file():
         return {}
-    record = json.loads(path.read_bytes())
-    known = {"region": record.get("region"), "zoom": record.get("window", {}).get("zoom")}
-    known["imagery"] = record.get("provider", {}).get("name")
+    try:
+        record = json.loads(path.read_bytes())
+    except ValueError:
+        return {}
+    parts = ("window", "provider")
+    if not isinstance(record, dict) or not all(isinstance(record.get(part), dict) for part in parts):
+        return {}  # another tool's file: labelled boxes, for instance
+    known = {"region": record.get("region"), "zoom": record["window"].get("zoom")}
+    known["imagery"] = record["provider"].get("name")
     return {name: value for name, value in known.items() if value is not None}
 
 

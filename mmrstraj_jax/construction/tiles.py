@@ -154,8 +154,8 @@ class Window:
 def window_at(lat: float, lon: float, zoom: int, size: int = 512) -> Window:
     """The `size` x `size` window whose middle is nearest to a point."""
     x, y = world_pixel(lat, lon, zoom)
-    half = size // 2
-    return Window(zoom, math.floor(float(x) + 0.5) - half, math.floor(float(y) + 0.5) - half, size, size)
+    left, top = (math.floor(float(at) - size / 2 + 0.5) for at in (x, y))
+    return Window(zoom, left, top, size, size)
 
 
 def window_over(lat, lon, zoom: int, margin: int = 32) -> Window:

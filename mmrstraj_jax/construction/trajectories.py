@@ -70,12 +70,19 @@ class Report:
     first: dict[str, str] = field(default_factory=dict)
     points_in: int = 0
     points_out: int = 0
+    once: set[str] = field(default_factory=set)  # places of files that are read several times
 
     def drop(self, reason: str, count: int = 1, where: str = "") -> None:
         """Counts dropped fixes."""
         if count:
             self.points[reason] += count
             self.first.setdefault(reason, where)
+
+    def drop_once(self, reason: str, where: str) -> None:
+        """Counts a row of a file that is read beside several others, GeoLife's labels, the first time."""
+        if where not in self.once:
+            self.once.add(where)
+            self.drop(reason, 1, where)
 
     def drop_trip(self, reason: str, points: int, where: str = "") -> None:
         """Counts a dropped trip and its fixes."""

@@ -14,13 +14,14 @@ import numpy as np
 from PIL import Image
 
 from mmrstraj_jax.construction import geotiff, ground, imagery, readers, tiles
+from mmrstraj_jax.construction.candidates import pairs
 from mmrstraj_jax.construction.cleaning import Cleaning, clean
 from mmrstraj_jax.construction.download import Downloader
 from mmrstraj_jax.construction.files import dump, sha256, write_atomic
 from mmrstraj_jax.construction.providers import ProviderSettings, provider_of
 from mmrstraj_jax.construction.ranges import check
 from mmrstraj_jax.construction.trajectories import Report, Trajectory, anchors
-from mmrstraj_jax.construction.windows import track
+from mmrstraj_jax.construction.windows import extent, track
 from mmrstraj_jax.errors import UserError
 
 SUFFIXES = {".plt": "geolife", ".gpx": "gpx", ".parquet": "grab"}
@@ -144,7 +145,7 @@ def read(path: Path, config: TripImage, report: Report) -> Trajectory:
     format = config.format or SUFFIXES.get(path.suffix.lower(), "")
     if not format:
         raise UserError(f"--trajectory {path}: expected --format, one of {', '.join(readers.READERS)}")
-    columns = dict(pair.partition("=")[::2] for pair in config.columns) or None
+    columns = pairs(config.columns, "columns", "FIELD=COLUMN") or None
     trips = list(readers.read(path, format, report, columns=columns, datum=config.datum))
     named = [trip for trip in trips if config.trip in ("", trip.id)]
     if len(named) != 1:
@@ -160,7 +161,7 @@ def window_of(parts: list[Trajectory], config: TripImage) -> tiles.Window:
         np.concatenate([getattr(part, name) for part in parts]) for name in ("time", "lat", "lon")
     )
     if config.extent:
-        return tiles.window_over(lat, lon, config.zoom, config.margin)
+        return extent(lat, lon, config.zoom, config.margin)
     side = config.size * float(tiles.ground_resolution(lat[0], config.zoom))
     (anchor,) = anchors(Trajectory(parts[0].id, time, lat, lon), "densest", side=side)
     return tiles.window_at(anchor.lat, anchor.lon, config.zoom, config.size)

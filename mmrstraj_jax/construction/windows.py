@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from mmrstraj_jax.config import ImagePolicy
 from mmrstraj_jax.construction import candidates, geodesy, geotiff, imagery, tiles
 from mmrstraj_jax.construction.download import Downloader
 from mmrstraj_jax.construction.files import dump, lines_writer, sha256
@@ -26,6 +27,7 @@ from mmrstraj_jax.construction.trajectories import ANCHORS, Anchor, Trajectory, 
 from mmrstraj_jax.errors import UserError
 
 INDEX = "images.jsonl"
+MAX_PIXELS = ImagePolicy.max_pixels  # of an extent: training takes no larger image
 # of a record: what this step and those after it read
 _RECORD = {"id", "image", "sha256", "window", "gsd_metres", "trip", "region", "track", "anchor", "provider"}
 
@@ -119,7 +121,7 @@ def _windows(trip: Trajectory, config: Imagery, dropped: Dropped):
     for zoom in config.zooms:
         if config.extent:
             try:
-                window = tiles.window_over(trip.lat, trip.lon, zoom, config.margin)
+                window = extent(trip.lat, trip.lon, zoom, config.margin)
             except UserError as error:
                 large = not isinstance(error, tiles.OffTheMap)
                 dropped.count("extent too large" if large else "off the map", trip, error)
@@ -134,6 +136,17 @@ def _windows(trip: Trajectory, config: Imagery, dropped: Dropped):
                 dropped.count("off the map", trip, error)
                 continue
             yield f"{stem}-z{zoom}-{number}", window, anchor
+
+
+def extent(lat, lon, zoom: int, margin: int) -> tiles.Window:
+    """The window over a whole trip. Raises UserError: too large to be of use, before anything is loaded."""
+    window = tiles.window_over(lat, lon, zoom, margin)
+    if window.width * window.height > MAX_PIXELS:
+        raise UserError(
+            f"extent of {window.width} x {window.height} px at zoom {zoom}: expected at most {MAX_PIXELS} in "
+            "all; use a lower zoom"
+        )
+    return window
 
 
 def _image(
