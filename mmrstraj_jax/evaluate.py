@@ -18,6 +18,7 @@ from typing import Any
 from mmrstraj_jax.errors import CommandParser, UserError, run_command
 from mmrstraj_jax.inference.options import DecodeOptions
 
+NUM = 200  # images of --select
 STUDIES = {
     "compare": "DIR_A DIR_B: the same items, paired bootstrap",
     "forgetting": "BEFORE AFTER: what a later stage lost of an earlier one's right answers",
@@ -65,9 +66,7 @@ def task_options(parser: argparse.ArgumentParser) -> None:
     add("--images", metavar="DIR", type=Path, help="its images, where they are not beside it")
     add("--limit", type=int, help="items evenly drawn, for a quick look")
     add("--select", choices=("traffic",), help="only images that show roads or traffic by their texts")
-    add(
-        "--num", type=int, default=200, help="with --select: at most so many, drawn with --seed (default 200)"
-    )
+    add("--num", type=int, help="with --select: at most so many, drawn with --seed (default 200)")
     add("--structured", action="store_true", help="texts are asked for as semantic units in JSON")
     add(
         "--meteor",
@@ -106,7 +105,10 @@ def _arguments(args: list[str]) -> argparse.Namespace:
     task_options(parser)
     judge_options(parser)
     parser.add_argument(
-        "--out", metavar="DIR", type=folder, help="default: RUN/evaluation/TASK, or evaluation/TASK/NAME"
+        "--out",
+        metavar="DIR",
+        type=folder,
+        help="default: RUN/evaluation/TASK, evaluation/TASK/NAME, or the folder of --predictions FILE",
     )
     options = parser.parse_args(args)
     check_source(options, options.predictions)
@@ -141,7 +143,9 @@ def asked(options: argparse.Namespace) -> tuple[Any, list, DecodeOptions, dict[s
     for name in ("limit", "num", "batch_size", "max_new_tokens"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: expected 1 or more")
-    task = tasks.get(options.task)
+    if options.num is not None and options.select is None:
+        raise UserError(f"--num {options.num}: of what? It belongs to --select traffic; see also --limit")
+    task, num = tasks.get(options.task), options.num or NUM
     own = getattr(options, "predictions", None)  # the rows of a file bring references along
     if own and options.data is None:
         items = predict.items_of(predict.load(Path(own)), Path(own))
@@ -151,23 +155,32 @@ def asked(options: argparse.Namespace) -> tuple[Any, list, DecodeOptions, dict[s
         task = dataclasses.replace(task, ask=traffic.STRUCTURED, max_new_tokens=512, structured=True)
         items = [item for item in items if item.type in tasks.TEXTS]
     if options.select:
-        items = traffic.select(items, options.num, options.seed)
+        items = traffic.select(items, num, options.seed)
     items = tasks.limited(items, options.limit)
+    if getattr(options, "judge", None) is not None and items:
+        if task.scorer.startswith("rsvqa") or all(item.type in tasks.TEXTS for item in items):
+            raise UserError(
+                f"--judge {options.judge}: --task {task.name} leaves nothing to a judge, which decides about "
+                "answers that no rule decides; leave it out"
+            )
     if not items:
         raise UserError(
             f"--task {options.task}: no item is left to ask about; --structured and --select need texts"
         )
     tokens = task.max_new_tokens if options.max_new_tokens is None else options.max_new_tokens
     decode = DecodeOptions(max_new_tokens=tokens, temperature=options.temperature, seed=options.seed)
-    select = f"{options.select}, at most {options.num}, seed {options.seed}" if options.select else None
+    select = f"{options.select}, at most {num}, seed {options.seed}" if options.select else None
     protocol = {"limit": options.limit, "select": select, "data": str(options.data or "own")}
     return task, items, decode, protocol
 
 
 def scoring(options: argparse.Namespace, task: Any, out: Path):
     """How the command line wants predictions scored, as pipeline.Scoring."""
+    from mmrstraj_jax.evaluation import captions
     from mmrstraj_jax.evaluation.pipeline import Scoring
 
+    if options.meteor == "meteor_nltk":  # before hours of answers, not after them
+        captions.require_nltk()
     own = getattr(options, "predictions", None) and options.data is None
     judged = getattr(options, "judge", None) is not None
     return Scoring(
@@ -212,7 +225,7 @@ def _out(options: argparse.Namespace) -> Path:
     return Path("evaluation") / options.task / Path(options.weights or options.model).name
 
 
-def _place():
+def place():
     """This process among those of a SLURM step or Kubernetes Job, as predict.Place; they share --out."""
     import os
 
@@ -241,12 +254,10 @@ def main(args: list[str]) -> int:
         scores = pipeline.score_file(task, items, path, out, how, protocol, complete=not partial)
     else:
         model = pipeline.answerer(source(options), task, decode)
-        place = _place()
-        scores = pipeline.evaluate(task, items, out, model, how, protocol, place)
+        here = place()
+        scores = pipeline.evaluate(task, items, out, model, how, protocol, here)
         if scores is None:
-            print(
-                f"process {place.index} of {place.count} has answered its share; process 0 writes the scores"
-            )
+            print(f"process {here.index} of {here.count} has answered its share; process 0 writes the scores")
             return 0
     print(grids.plain_table(scores))
     print(f"{out / 'scores.json'}")

@@ -150,6 +150,18 @@ def test_tokens_are_one_line_and_lower_case():
     assert ptb.tokenize("It's 1,000 m (north-south).") == "it 's 1,000 m -lrb- north-south -rrb-"
 
 
+def test_tokens_of_markdown_smileys_and_entities():
+    """As the tokeniser of pycocoevalcap answered on 2026-11-24."""
+    for text, tokens in {
+        "### Scene: roads": "### scene roads", "a##b #5": "a ## b # 5", "C# ##x": "c# ## x",
+        "note :) (a:) ;-( :] x=( b": "note :-rrb- -lrb- a :-rrb- ;--lrb- :] x =-lrb- b",
+        "following:(1) trees, Type:Dock": "following -lrb- 1 -rrb- trees type dock",
+        "the '90 plan of '5 in the '90s, 5'10\" tall": "the '90 plan of 5 in the '90s 5 10 tall",
+        "&lt;b&gt; a&lt;b": "< b > a < b",
+    }.items():  # fmt: skip
+        assert ptb.tokenize(text) == tokens
+
+
 # ---- metrics ----
 
 
@@ -295,6 +307,17 @@ def test_a_broken_java_is_one_line_and_the_rest_still_comes(tmp_path, monkeypatc
     (note,) = scores.notes
     assert note.startswith("meteor15 was not computed: ") and "\n" not in note
     assert re.search(message, note)
+
+
+def test_a_java_of_another_processor(tmp_path, monkeypatch):
+    program = tmp_path / "java"
+    program.write_bytes(b"\x7fELF no program of this machine")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    scores = score(*ONE)
+    assert scores.tokenizer == "ptb-python" and "meteor15" not in scores.metrics
+    assert all("java cannot be run (Exec format error)" in note for note in scores.notes)
+    assert len(scores.notes) == 2
 
 
 def test_no_java(monkeypatch, tmp_path):

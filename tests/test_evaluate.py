@@ -4,7 +4,9 @@ import json
 import random
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -147,6 +149,28 @@ def test_a_file_has_one_author(tmp_path):
         predict.run(VQA, items, path, _answers, {"seed": 0}, {"run": "a"})
 
 
+def test_pods_with_equal_process_ids_may_begin_together(tmp_path, monkeypatch):
+    """Each has written who answers before the first has put its file in place."""
+    image = picture(tmp_path / "a.png")
+    items = [Item(str(i), (image,), "Is there a car?", "presence", ("Yes.",)) for i in range(4)]
+    both, write_text = threading.Barrier(2), Path.write_text
+
+    def slow(self, *args, **kwargs):
+        done = write_text(self, *args, **kwargs)
+        if ".model." in self.name:
+            both.wait(20)
+        return done
+
+    monkeypatch.setattr(Path, "write_text", slow)
+    path = tmp_path / "out" / "predictions.jsonl"
+    with ThreadPoolExecutor(2) as pool:
+        runs = [
+            pool.submit(predict.run, VQA, items, path, _answers, {}, {}, predict.Place(i, 2)) for i in (0, 1)
+        ]
+        assert [run.result() for run in runs] == [True, False]
+    assert len(jsonl.read(path)) == 4
+
+
 def test_unanswered_items_are_an_error(tmp_path):
     image = picture(tmp_path / "a.png")
     items = [Item(str(i), (image,), "q", "presence", ("Yes.",)) for i in range(3)]
@@ -278,6 +302,32 @@ def test_a_server_answers_and_failed_requests_are_asked_again(rsieval, tmp_path,
     assert _scores(out)["protocol"]["decode"]["temperature"] == 0
 
 
+@pytest.mark.parametrize(
+    "raw", [b'{"error": {"message": "no credit"}}', b"<html>", b'{"choices": []}', b"[]"]
+)
+def test_a_reply_that_is_none_leaves_the_item_open(rsieval, tmp_path, server, raw, capsys):  # noqa: F811
+    pytest.importorskip("openai")
+    url, _ = server(None, raw=raw)
+    args = ["--model", "stub", "--base-url", url, "--task", "rsieval-vqa", "--data", str(rsieval)]
+    with pytest.raises(UserError, match="12 items have no answer yet; run the same command again"):
+        evaluate.main([*args, "--out", str(tmp_path / "out")])
+    assert "P0000_0000.png#0: the server's reply is not a chat completion" in capsys.readouterr().err
+
+
+def test_a_damaged_training_image_is_named(tmp_path):
+    images = []
+    for n in range(2):
+        picture(tmp_path / "imgs" / f"{n}.png", n)
+        row = {"filename": f"{n}.png", "split": ("train", "test")[n], "sentences": [{"raw": "a road ."}]}
+        images.append(row)
+    (tmp_path / "imgs" / "0.png").write_bytes(b"no picture")
+    data = tmp_path / "dataset_ucm.json"
+    data.write_text(json.dumps({"images": images}), encoding="utf-8")
+    path = _write(tmp_path / "p" / "p.jsonl", [{"id": "1.png", "prediction": "a road"}])
+    with pytest.raises(UserError, match="0.png: cannot be read as an image .*restore it, or remove it"):
+        evaluate.main(["--predictions", str(path), "--task", "ucm", "--data", str(data), *PLAIN])
+
+
 def test_a_local_model_answers(tmp_path):
     tensors = {name: 0.2 * value for name, value in weights_case.tensors().items()}
     weights_case.write_layout(tmp_path / "weights", "hub", tensors)
@@ -329,12 +379,23 @@ def test_a_local_model_answers(tmp_path):
         ),
         (["--task", "synthcity", "--weights", "w", "--out", f"{__file__}/x"], "is a file; expected a folder"),
         (["report", "x", "--out", __file__], "is a file; expected a folder"),
+        (
+            ["--task", "synthtraffic-bench", "--run", "/usr"],
+            "--run /usr: not a run directory of training; weights",
+        ),
     ],
 )
 def test_mistakes_are_one_line(args, message):
     with pytest.raises(UserError, match=message) as error:
         evaluate.main(args)
     assert "\n" not in str(error.value)
+
+
+def test_a_metric_that_cannot_run_is_told_before_the_first_question(rsieval, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "nltk.translate.meteor_score", None)
+    args = ["--weights", str(tmp_path), "--task", "rsieval-caption", "--data", str(rsieval)]
+    with pytest.raises(UserError, match="meteor_nltk needs the package nltk"):
+        evaluate.main([*args, "--meteor", "meteor_nltk", "--out", str(tmp_path / "out")])
 
 
 def test_help_needs_no_jax():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ from test_evaluate import PLAIN, _scores, picture
 
 from mmrstraj_jax import evaluate, jsonl
 from mmrstraj_jax.errors import UserError
-from mmrstraj_jax.evaluation import pipeline, studies
+from mmrstraj_jax.evaluation import pipeline, predict, studies
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +79,51 @@ def test_answers_to_data_that_changed_are_refused(weights, data, tmp_path):
     data.write_text(json.dumps(rows))
     with pytest.raises(UserError, match="eval/4 was answered when its image was another"):
         evaluate.main(args)
+
+
+def test_other_weights_of_the_same_size_are_another_model(weights, data, tmp_path):
+    """An export over the old one: its answers must not be taken for the new model's."""
+    moved = tmp_path / "weights"
+    shutil.copytree(weights, moved)
+    args = _args(moved, data, tmp_path / "out")
+    evaluate.main(args)
+    for file in moved.glob("*.safetensors"):
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+    with pytest.raises(UserError, match="holds answers of another model or prompt"):
+        evaluate.main(args)
+    author = tmp_path / "out" / "predictions.model.json"
+    old = json.loads(author.read_text())
+    del old["content"]  # written by an older version
+    author.write_text(json.dumps(old))
+    evaluate.main(args)
+
+
+def test_a_run_trained_anew_to_the_same_step_is_another_model(tmp_path):
+    folder = tmp_path / "run" / "checkpoints" / "5"
+    folder.mkdir(parents=True)
+    found = []
+    for hashes in ({"a": "1"}, {"a": "2"}):
+        (folder / "manifest.json").write_text(json.dumps({"meta": {}, "files": hashes, "sha256": "x"}))
+        found.append(predict.source_of(str(tmp_path / "run"), None, None, None))
+    assert found[0]["step"] == found[1]["step"] == 5 and found[0] != found[1]
+    (folder / "manifest.json").write_text(json.dumps({"meta": {"kept": 1}, "files": {"a": "2"}}))
+    assert predict.source_of(str(tmp_path / "run"), None, None, None) == found[1]  # meta is no content
+
+
+def test_processes_of_a_job_share_a_suite(weights, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(studies, "_chain", lambda run: [("base", pipeline.Source(weights=str(weights)))])
+    out = tmp_path / "out"
+    args = ["suite", "--run", "any", "--out", str(out), "--limit", "4", "--tasks", "synthtraffic-bench"]
+    for index in "10":
+        for name, value in zip(
+            ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID"), ("x:1", "2", index), strict=True
+        ):
+            monkeypatch.setenv(f"JAX_{name}", value)
+        assert evaluate.main(args) == 0
+        assert (out / "report.html").exists() == (index == "0")
+    assert _scores(out / "synthtraffic-bench" / "base")["n"] == 4
 
 
 def test_two_processes_share_the_items(weights, data, tmp_path):

@@ -97,6 +97,77 @@ def test_rsvqa_is_scored_in_bins(tmp_path):
         evaluate.main(["--predictions", str(path), "--task", "rsvqa-lr"])
 
 
+def test_means_of_the_non_numeric_types(tmp_path):
+    """As big_vision's acc_avg_nonum: a mean of types, whatever their sizes."""
+    kinds = ["presence"] * 3 + ["comp"] + ["rural_urban"] * 2 + ["count"]
+    answers = ["yes", "no", "no", "yes", "urban", "urban", "12"]
+    truth = ["yes", "yes", "yes", "yes", "urban", "rural", "0"]
+    rows = [
+        {"id": n, "type": kind, "question": "q", "prediction": answer, "references": [reference]}
+        for n, (kind, answer, reference) in enumerate(zip(kinds, answers, truth, strict=True))
+    ]  # ids are numbers, as RSVQA's are
+    evaluate.main(["--predictions", str(_write(tmp_path / "p.jsonl", rows)), "--task", "rsvqa-lr"])
+    part = _scores(tmp_path)["questions"]
+    assert (
+        part["non_numeric_macro"] == pytest.approx((1 / 3 + 1 + 1 / 2) / 3) and part["non_numeric_types"] == 3
+    )
+    assert part["macro"] == pytest.approx((1 / 3 + 1 + 1 / 2 + 0) / 4)
+    assert part["non_numeric"]["accuracy"] == pytest.approx(3 / 6)
+
+
+def test_of_several_references_the_best_counts(tmp_path):
+    rows = [
+        {"id": str(n), "type": "scene", "question": "What is it?", "prediction": answer,
+         "references": ["a harbor", "an industrial area"]}
+        for n, answer in enumerate(["industrial", "a port", "farmland", "a place"])
+    ]  # fmt: skip
+    evaluate.main(["--predictions", str(_write(tmp_path / "p.jsonl", rows)), "--task", "rsieval-vqa"])
+    found = [row["verdict"] for row in jsonl.read(tmp_path / "items.jsonl")]
+    assert found == ["correct", "correct", "wrong", "undecided"]
+
+
+def test_thoughts_are_not_read(tmp_path):
+    said = "<think>Is there a car? Yes, maybe there are cars.</think>\n\nNo."
+    rows = [QUESTION | {"references": ["No."], "prediction": said}]
+    rows += [
+        {"id": f"c{n}", "type": "caption", "prediction": f"<think>hm</think>{n} trees",
+         "references": [f"{n} trees"]}
+        for n in range(2)
+    ]  # fmt: skip
+    path = _write(tmp_path / "p.jsonl", rows)
+    evaluate.main(["--predictions", str(path), "--task", "synthcity", "--meteor", "none"])
+    scores = _scores(tmp_path)
+    assert scores["questions"]["micro"]["correct"] == 1
+    assert scores["captions"]["caption"]["metrics"]["rouge_l"] == pytest.approx(1.0)
+    items = jsonl.read(tmp_path / "items.jsonl")
+    assert {row["prediction"] for row in items} == {row["prediction"] for row in rows}  # as it was said
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--task", "rsvqa-lr", "--judge", "x"], "--judge x: --task rsvqa-lr leaves nothing to a judge"),
+        (["--task", "ucm", "--judge", "x"], "--judge x: --task ucm leaves nothing to a judge"),
+        (["--task", "rsieval-vqa", "--num", "5"], "--num 5: of what"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(tmp_path, args, message):
+    kind = "caption" if "ucm" in args else "presence"
+    path = _write(tmp_path / "p.jsonl", [QUESTION | {"type": kind, "references": ["no"]}])
+    with pytest.raises(UserError, match=message):
+        evaluate.main(["--predictions", str(path), *args])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"annotations": [{"filename": "a.png", "qa_pairs": [{"question": "q"}]}]}', "[]", "{", '{"a": 1}'],
+)
+def test_another_file_as_bench_is_named(tmp_path, text):
+    (tmp_path / "annotations.json").write_text(text)
+    with pytest.raises(UserError, match="annotations.json: row 0: expected filename, domain and qa_pairs"):
+        tasks.get("synthtraffic-bench").load(tmp_path, None)
+
+
 def test_philadelphia_is_a_task_of_its_own(tmp_path):
     question = {
         "id": 1,

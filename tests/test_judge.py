@@ -197,6 +197,22 @@ def test_a_judge_may_think_but_not_be_cut(server, tmp_path):
             _judge(url, tmp_path, extra=wrong)
 
 
+def test_a_judge_that_nobody_reached_is_told_apart_from_one_that_is_wrong(tmp_path):
+    judged, _ = _scored(_judge("http://127.0.0.1:9/v1", tmp_path))
+    control = judged["questions"]["judge"]["controls"]
+    assert (control["agreed_with_rules"], control["unparsed"], control["believed"]) == (0, 24, False)
+    text = questions_grid(judged).text()
+    assert "24 controls were unparsed: APIConnectionError: Connection error" in text
+
+
+def test_a_model_that_knows_only_the_newer_name_of_the_limit(server, tmp_path):
+    url, requests = server(_honest)
+    extra = '{"max_completion_tokens": 50, "temperature": 1}'
+    _judge(url, tmp_path, extra=extra).verdict("q", "harbor", "harbor")
+    assert requests[0]["max_completion_tokens"] == 50 and requests[0]["temperature"] == 1
+    assert "max_tokens" not in requests[0]
+
+
 def test_preference_needs_both_orders(server, tmp_path):
     url, _ = server(_honest)
     judge = _judge(url, tmp_path)

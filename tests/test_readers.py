@@ -152,6 +152,27 @@ def test_nwpu(tmp_path):
     fails(r"airplane\[0\]: lacks the key 'raw_3'", readers.nwpu, file)
 
 
+def test_folders_as_they_were_published(tmp_path):
+    """UCM_captions/dataset.json, RSICD_images/ and, of NWPU, a plain images/."""
+    from mmrstraj_jax.evaluation import tasks
+
+    rows = {"images": [karpathy_image("1.tif", "test", "a field .")]}
+    write(tmp_path / "ucm" / "dataset.json", rows)
+    (item,) = tasks.get("ucm").load(tmp_path / "ucm", None)
+    assert item.references == ("a field .",)
+    fails("dataset_sydney.json: no such file", tasks.get("sydney").load, tmp_path, None)
+    (tmp_path / "ucm" / "RSICD_images").mkdir()
+    (item,) = readers.karpathy(tmp_path / "ucm" / "dataset.json")
+    assert item.images == (tmp_path / "ucm/RSICD_images/1.tif",)
+    fails("1 of 1 are missing; name their folder with --images", readers.require_images, [item])
+    row = {key: "a plane" for key in ("raw", "raw_1", "raw_2", "raw_3", "raw_4")}
+    row |= {"filename": "airplane_001.jpg", "split": "test"}
+    file = write(tmp_path / "nwpu" / "dataset_nwpu.json", {"airplane": [row]})
+    for name in ("images", "NWPU_images"):
+        (tmp_path / "nwpu" / name).mkdir()
+        assert readers.nwpu(file)[0].images == (tmp_path / f"nwpu/{name}/airplane/airplane_001.jpg",)
+
+
 # ---- RSVQA ----
 
 
@@ -226,6 +247,8 @@ def test_rsvqa_hr(tmp_path):
         ("0.5m2", "area", "hr", "between 0m2 and 10m2"),
         ("007", "count", "hr", "7"),
         ("-1", "count", "hr", None),
+        ("9" * 5000, "count", "hr", None),
+        ("between 0 and " + "9" * 5000, "count", "lr", None),
         (" Yes. ", "presence", "lr", "yes"),
     ],
 )

@@ -78,6 +78,27 @@ def test_compare_names_the_difference(results, capsys):
         compare.compare(compare.read_result(results[0]), compare.read_result(results[2]))
 
 
+def test_the_denominator_is_of_the_accuracy(results):
+    """Two of "bad"'s answers are undecided: of the other eight its accuracy is."""
+    grid = report.beside_paper([compare.read_result(results[1], "Base")], "rsieval-vqa")
+    ours = dict(zip(grid.columns, grid.rows[-1], strict=True))
+    assert ours["presence"] == "50.00 (n 8)" and ours["road_ori"] == "0.00 (n 1 of 2)"
+
+
+def test_answers_of_another_tool_are_in_the_page(tmp_path):
+    """Its rows hold no more than id and prediction; the rest is the data set's."""
+    picture(tmp_path / "data" / "images" / "a.png")
+    pair = {"question": "Is there a car?", "answer": "Yes.", "type": "presence"}
+    row = {"filename": "a.png", "caption": "A car.", "qa_pairs": [pair]}
+    (tmp_path / "data" / "annotations.json").write_text(json.dumps({"annotations": [row]}))
+    path = _write(tmp_path / "mine" / "answers.jsonl", [{"id": "a.png#0", "prediction": "a red car"}])
+    args = ["--predictions", str(path), "--task", "rsieval-vqa", "--data", str(tmp_path / "data")]
+    evaluate.main(args)
+    evaluate.main(["report", f"Other={path.parent}", "--out", str(tmp_path / "out")])
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "<b>Other</b>: a red car" in page and "(no answer)" not in page and "reference: Yes." in page
+
+
 def test_a_row_without_a_type_prints_a_dash(results):
     grid = report.beside_paper([compare.read_result(results[0], "Ours")], "rsieval-vqa")
     ours = dict(zip(grid.columns, grid.rows[-1], strict=True))

@@ -46,6 +46,18 @@ def test_forgetting_counts_flips_and_puts_the_largest_loss_first(tmp_path, capsy
     assert "presence" in capsys.readouterr().out
 
 
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    """exp1/run led to exp2/run: each of a suite's models has a folder of its own."""
+    for number, start in ((1, None), (2, {"run": str(tmp_path / "exp1" / "run")})):
+        folder = tmp_path / f"exp{number}" / "run"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        (folder / "base.json").write_text(json.dumps({"init_from": start, "path": "w"}))
+    found = studies._chain(tmp_path / "exp2" / "run")
+    assert [name for name, _ in found] == ["base", "1-run", "2-run"]
+    assert [source.run for _, source in found[1:]] == [str(tmp_path / f"exp{n}" / "run") for n in (1, 2)]
+
+
 # ---- corruption ----
 
 

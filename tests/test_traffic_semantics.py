@@ -49,8 +49,14 @@ def test_every_fact_is_right_contradicted_missing_or_unsupported():
 )
 def test_units_are_exactly_what_was_asked_for(text):
     assert traffic.units(text) is None
+    assert traffic.units('[{"kind": ["bottlenecks"], "text": "", "place": "", "evidence": ""}]') is None
     row = {"kind": "bottlenecks", "text": "queue", "place": "left", "evidence": "cars stand close"}
     assert traffic.units(f"```json\n{json.dumps([row])}\n```") == [traffic.Unit(**row)]
+
+
+def test_a_model_that_goes_round_in_circles_says_nothing():
+    assert traffic.units("[" * 100_000) is None
+    assert traffic.facts(f"There are {'9' * 500} cars and {'9' * 500} lanes.") == {}
 
 
 def test_selection_is_a_seeded_draw_of_road_images():

@@ -83,6 +83,35 @@ What is the direction of the road?|East-west|E-W; W/E; e - w|N-S|E
 Which option is it?|A|A||B
 What sport is played here?|baseball|The score board suggests baseball||tennis court
 What is the weather like?|Sunny.|It is sunny; sunny day|cloudy|
+In this image, is the area occupied by the lawn larger than the area occupied by the roofs?|Yes.|yes; The lawn is larger.; It is; Yes, the lawn covers more|No; no, the roofs are larger; The roofs occupy a larger area.; It is not.|large
+In the picture, is the area of the roads larger than the area of the trees?|No.|no; The trees cover a larger area|Yes; Yes, the roads are larger.; The roads are larger|
+Is there a greater proportion of forest than water in this image?|Yes.|There is more forest than water; yes|No, there is more water.; no|
+What is the relative position of the tank and the shed in the image?|The shed is to the right of the tank.|The tank is to the left of the shed.; The shed is right of the tank|The tank is to the right of the shed.; The shed is to the left of the tank.|near it
+What is the relative position of the road and the shed in the center of the image?|The road is to the left of the shed.|left; The shed is to the right of the road.; The road is on the left|right; The shed is to the left of the road|
+What is the relative position between the north-south roads and the lake?|The north-south roads are located left of the lake.|left; The lake is to the right of the roads.; The north-south roads are left of the lake|right; The roads are above the lake|
+Where is the east-west road in the image?|in the upper part|The east-west road is at the top of the image.; top|The east-west road is at the bottom of the image|
+Where is the lake in the image?|There is no lake in the image.|There is no lake; no lake is visible; No|top left; The lake is in the lower part|There are no trees
+Where is the pier?|This picture does not include piers.|There are no piers in the image.|upper left; center|
+Is the truck in the image large or small?|There is no truck in the image.|There are no trucks; no truck|large; small|
+What is the boat's state?|No motion.||moving|stationary
+What is beside the pool?|There is no pool.|There are no pools in the image|houses|
+All the boats at the pier?|No.|no; No, some are on the river|yes; Yes, all of them|
+Is there a truck present in the image?|Yes.|There is a truck in the image.; Several trucks are visible.|There are no trucks in the image.; No truck is present|
+Is there a bridge included in the image?|No.|There is no bridge.; No bridge is included|There is a bridge in the image.|
+Does the image contain a waterbody?|Yes.|There is a body of water.; There is a water body; The image contains water|There is no water in the image.; There is no body of water|
+Is there a bareland in the image?|Yes.|There is bare land.|There is no bare land; There is no bare ground|
+Is there a soccer-ball-field in the image?|Yes.|There is a soccer field.; There is a football field|There is no soccer field|
+Does the road run from left to right?|Yes.|It runs from west to east; The road runs horizontally|The road runs from north to south|The road is long
+What are the colors of the trucks?|Red, black and white.|The trucks are white, black, and red.; There are white, red, and black trucks; white, black and red trucks; black, red and white|The trucks are white and red; white, black|white or black
+What color is the roof?|White.|White, with red cars nearby|red, with white cars nearby|
+What is the color of the image?|Gray.|black and white; The image is grayscale|green|
+How many large trucks are there?|2|2 large trucks and 5 small trucks|3 large trucks and 2 small ones|There are 2 small trucks
+What is the orientation of the plane head?|Top.|up; upward; It points to the top|down; right|
+Is the boat moving fast or slow?|Fast.|fast; quickly|slowly; moving slowly|
+What is in the lower part of the image?|Trees.|a forest; trees and a forest|buildings|
+What is in the upper part of the image?|Forest.|a forest|buildings|trees
+Are there any empty places left?|Yes.|There are a few empty places|There are no empty places|
+What are the ponds used for?|Fish farming|aquaculture; fish ponds|agriculture|swimming
 """  # noqa: E501
 
 

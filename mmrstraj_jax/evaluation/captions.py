@@ -282,6 +282,11 @@ def _bleu(refs: list[list[str]], hyps: list[str]) -> tuple[dict[str, float], dic
     )
 
 
+def require_nltk() -> None:
+    """Raises UserError where meteor_nltk cannot run: the package nltk, or WordNet, is missing."""
+    _meteor_nltk([["a road"]], ["a road"])
+
+
 def _meteor_nltk(refs: list[list[str]], hyps: list[str]) -> list[float]:
     try:
         from nltk.translate.meteor_score import meteor_score

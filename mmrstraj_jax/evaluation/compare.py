@@ -43,7 +43,10 @@ def read_result(folder: Path, name: str | None = None) -> Result:
             )
         items[row["id"]] = row
     path = folder / "predictions.jsonl"
-    return Result(name or str(folder), scores, items, predict.load(path) if path.is_file() else {})
+    found = {name: row for name, row in items.items() if isinstance(row.get("prediction"), str)}
+    if not found and path.is_file():  # items.jsonl of an older version
+        found = predict.load(path)
+    return Result(name or str(folder), scores, items, found)
 
 
 def _same_items(a: Result, b: Result) -> None:

@@ -77,6 +77,9 @@ def questions_grid(scores: dict[str, Any], name: str = "") -> Grid:
     rows.append(
         [f"mean of {part['macro_types']} types (macro)", "", percent(part["macro"]), "", "", "", "", ""]
     )
+    if "non_numeric_macro" in part:
+        name_ = f"mean of {part['non_numeric_types']} non-numeric types (macro)"
+        rows.append([name_, "", percent(part["non_numeric_macro"]), "", "", "", "", ""])
     notes = [
         f"Scored by {part['scorer']}. Accuracy is correct / (correct + wrong) with its 95 % Wilson interval; "
         "undecided answers are in neither, and count as wrong in the column floor.",
@@ -97,6 +100,11 @@ def questions_grid(scores: dict[str, Any], name: str = "") -> Grid:
             "control answers "
             f"({'believed' if control['believed'] else 'not believed: all its replies are unparsed'}); "
             f"asked about {judge['asked']}: {judge['replies']}."
+            + (
+                f" {control['unparsed']} controls were unparsed: {control['why']}."
+                if "why" in control
+                else ""
+            )
         )
     title = f"{TASKS[scores['task']].title}: accuracy" + (f", {name}" if name else "")
     columns = ["type", "n", "accuracy", "95 %", "undecided", "floor", "majority", "blind"]

@@ -78,6 +78,8 @@ def ptb_tokenize(captions: list[str], timeout: float = 300.0) -> list[str]:
         done = subprocess.run(
             [*command, "-preserveLines", "-lowerCase"], input=data, capture_output=True, timeout=timeout
         )
+    except OSError as error:  # of another processor, or a script without its interpreter
+        raise JavaError(f"{command[0]} cannot be run ({error.strerror})") from None
     except subprocess.TimeoutExpired:
         raise JavaError(f"PTBTokenizer did not finish in {timeout:.0f} s") from None
     if done.returncode:
@@ -106,14 +108,18 @@ class Meteor:
             raise JavaError("pycocoevalcap lacks its file meteor/data/paraphrase-en.gz; install it again")
         command = [_java(), "-Xmx2G", *_LOCALE, "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"]
         self._stderr = tempfile.TemporaryFile()  # a pipe that nobody reads fills up and blocks the program
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            cwd=jar.parent,
-            start_new_session=True,  # `java` may be a script; its children hold the pipes and must die too
-        )
+        try:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._stderr,
+                cwd=jar.parent,
+                start_new_session=True,  # of a script the children hold the pipes and must die too
+            )
+        except OSError as error:
+            self._stderr.close()
+            raise JavaError(f"{command[0]} cannot be run ({error.strerror})") from None
         self._timed_out = False
         self._watchdog = threading.Timer(self.timeout, self._on_timeout)
         self._watchdog.daemon = True

@@ -10,7 +10,8 @@ replayed from there.
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,6 +88,7 @@ class Judge:
         if not isinstance(self.extra, dict):
             raise UserError(f"--judge-extra {extra!r:.60}: expected a JSON object")
         self.trusted: bool | None = None  # None: not checked
+        self.failures: Counter[str] = Counter()  # why control answers were unparsed
         self._replies: dict[str, str] = {}
         if self.cache.exists():
             for number, row in enumerate(jsonl.read(self.cache), 1):
@@ -144,22 +146,32 @@ class Judge:
 
     def check_grades(self, controls, criteria) -> tuple[int, int]:
         """As `check`, of (criterion, truth, description, grade)."""
-        self.trusted = None
-        agreed = sum(
-            self.grade(c, criteria[c], truth, text).value == known for c, truth, text, known in controls
+        return self._try(
+            [(self.grade, (c, criteria[c], truth, text), known) for c, truth, text, known in controls]
         )
-        self.trusted = bool(controls) and agreed >= _TRUST * len(controls)
-        return agreed, len(controls)
 
     def check(self, controls: Sequence[tuple[str, str, str, str]]) -> tuple[int, int]:
         """Asks about answers whose verdict is known; (agreed, asked). Below three in four it is not believed.
 
         controls: (question, reference, answer, "correct" or "wrong"); best as many of one as of the other.
         """
-        self.trusted = None
-        agreed = sum(self.verdict(q, ref, answer).value == known for q, ref, answer, known in controls)
+        return self._try([(self.verdict, (q, ref, answer), known) for q, ref, answer, known in controls])
+
+    def _try(self, controls: list[tuple[Callable[..., Reply], tuple, str]]) -> tuple[int, int]:
+        self.trusted, agreed = None, 0
+        self.failures.clear()
+        for ask, what, known in controls:
+            reply = ask(*what)
+            agreed += reply.value == known
+            if reply.value == UNPARSED:
+                self.failures[reply.why] += 1
         self.trusted = bool(controls) and agreed >= _TRUST * len(controls)
         return agreed, len(controls)
+
+    @property
+    def commonest_failure(self) -> str:
+        """Why most of the unparsed control answers were so; "" where none was."""
+        return self.failures.most_common(1)[0][0] if self.failures else ""
 
     # ---- one request ----
 
@@ -208,12 +220,10 @@ class Judge:
                 max_retries=self.retries,
             )
         try:
+            # some models know only the newer name of the limit, and refuse the older beside it
+            limit = {} if "max_completion_tokens" in self.extra else {"max_tokens": self.max_tokens}
             raw = self._client.chat.completions.with_raw_response.create(
-                model=self.model,
-                messages=messages,
-                temperature=0,
-                max_tokens=self.max_tokens,
-                extra_body=self.extra,
+                model=self.model, messages=messages, temperature=0, extra_body=self.extra, **limit
             )
             choice = json.loads(raw.http_response.text)["choices"][0]
             content = choice["message"]["content"]

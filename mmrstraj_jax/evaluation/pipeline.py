@@ -49,6 +49,10 @@ class Scoring(NamedTuple):
 
 def answerer(source: Source, task: Task, decode: DecodeOptions) -> Answerer:
     """Loads the model, or addresses the server. Raises UserError: no such model."""
+    if source.run is not None and not Path(source.run, "base.json").is_file():
+        raise UserError(
+            f"--run {source.run}: not a run directory of training; weights are named by --weights"
+        )
     who = predict.source_of(source.run, source.weights, source.model, source.base_url)
     if source.model is not None:
         ask = predict.remote(source.model, source.base_url, task, decode, workers=source.batch_size)
@@ -101,11 +105,13 @@ def score_file(
         predict.check_complete(items, rows, path)
     elif missing := [item.id for item in items if item.id not in rows]:
         raise UserError(f"{path}: no prediction for {missing[0]}")
-    answers = {item.id: rows[item.id]["prediction"] for item in items}
+    answers = {item.id: predict.answer_of(rows[item.id]["prediction"]) for item in items}
     scores, per_item = score.score(
         task, items, answers, train=scoring.train, judge=scoring.judge, meteor=scoring.meteor
     )
     out.mkdir(parents=True, exist_ok=True)
+    known = {item.id: item for item in items}
+    per_item = [row | _told(known[row["id"]], rows[row["id"]]) for row in per_item]
     (out / "items.jsonl").write_text("".join(map(jsonl.dump, per_item)), encoding="utf-8")
     told = {key: _common([rows[item.id].get(key) for item in items], path) for key in ("prompt", "decode")}
     fixed = {"dataset": predict.fingerprint(items), "versions": versions()}
@@ -114,6 +120,12 @@ def score_file(
     temporary.write_text(json.dumps(scores, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     temporary.replace(out / "scores.json")
     return scores
+
+
+def _told(item: Item, row: dict[str, Any]) -> dict[str, Any]:
+    """What stands beside a verdict: predictions of other tools hold no more than id and prediction."""
+    said = {"prediction": row["prediction"], "references": list(item.references)}
+    return {"question": item.question, "image": predict.image_of(item)} | said
 
 
 def _common(values: Sequence[Any], path: Path) -> Any:

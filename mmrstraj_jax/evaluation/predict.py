@@ -31,6 +31,8 @@ def load(path: Path, *, log: bool = False) -> dict[str, dict[str, Any]]:
     """
     rows: dict[str, dict[str, Any]] = {}
     for number, row in enumerate(jsonl.read(path, log=log), 1):
+        if isinstance(row.get("id"), int) and not isinstance(row["id"], bool):
+            row["id"] = str(row["id"])  # RSVQA's own ids are numbers
         missing = [key for key in ("id", "prediction") if not isinstance(row.get(key), str)]
         if missing:
             raise UserError(f"{path}: line {number} lacks {' and '.join(missing)} as text")
@@ -40,6 +42,11 @@ def load(path: Path, *, log: bool = False) -> dict[str, dict[str, Any]]:
             )
         rows[row["id"]] = row
     return rows
+
+
+def answer_of(text: str) -> str:
+    """A prediction without what a thinking model thought before it."""
+    return text.rpartition("</think>")[2].strip() if "</think>" in text else text
 
 
 def items_of(rows: dict[str, dict[str, Any]], path: Path) -> list[Item]:
@@ -120,7 +127,7 @@ def run(
     # as a file holds them, to which they are compared: a tuple comes back as a list
     decode, source = json.loads(json.dumps([decode, source]))
     with jsonl.writer(own) as file:
-        _check_author(path, {"task": task.name, "ask": task.ask} | source)
+        _check_author(path, {"task": task.name, "ask": task.ask} | source, own.with_suffix(".model.tmp"))
         rows, known = _answered(path), {item.id: item for item in items}
         for name, row in rows.items():
             if name not in known:
@@ -145,7 +152,7 @@ def run(
         ) as bar:
             for at, text, prompt in ask(open_items):
                 item = open_items[at]
-                values = (item.id, _image(item), item.question, item.type, text)
+                values = (item.id, image_of(item), item.question, item.type, text)
                 row = dict(zip(KEYS, (*values, list(item.references), prompt, decode), strict=True))
                 jsonl.append(file, row)
                 bar.update()
@@ -154,7 +161,7 @@ def run(
     return _join(items, path, place.count)
 
 
-def _image(item: Item) -> str | list[str]:
+def image_of(item: Item) -> str | list[str]:
     images = [str(path) for path in item.images]
     return images[0] if len(images) == 1 else images
 
@@ -167,7 +174,7 @@ def _changed(row: dict[str, Any], item: Item) -> str | None:
 
     now = {"question": item.question, "references": list(item.references), "type": item.type}
     changed = next((key for key, value in now.items() if row.get(key) != value), None)
-    return changed or (None if names(row.get("image") or []) == names(_image(item)) else "image")
+    return changed or (None if names(row.get("image") or []) == names(image_of(item)) else "image")
 
 
 def _part(path: Path, index: int, count: int) -> Path:
@@ -187,18 +194,26 @@ def _answered(path: Path) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def _check_author(path: Path, source: dict[str, Any]) -> None:
-    """Raises UserError where answers are there already, of another model or to another prompt."""
+def _check_author(path: Path, source: dict[str, Any], temporary: Path) -> None:
+    """Raises UserError where answers are there already, of another model or to another prompt.
+
+    temporary: this process's own; pods have equal process ids.
+    """
     author = path.with_suffix(".model.json")
     if any(found.is_file() and found.stat().st_size for found in (path, *_parts(path))):
-        if not author.is_file() or json.loads(author.read_text(encoding="utf-8")) != source:
+        if not author.is_file() or not _same_author(json.loads(author.read_text(encoding="utf-8")), source):
             raise UserError(
                 f"{path}: holds answers of another model or prompt ({author.name}); name another --out"
             )
         return
-    temporary = author.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(json.dumps(source, indent=1) + "\n", encoding="utf-8")
     temporary.replace(author)
+
+
+def _same_author(saved: dict[str, Any], now: dict[str, Any]) -> bool:
+    """What a file of an older version does not tell (the content of the weights) is not compared."""
+    told = {key: value for key, value in now.items() if key in saved or key != "content"}
+    return saved == told
 
 
 def _join(items: Sequence[Item], path: Path, count: int) -> bool:
@@ -258,13 +273,18 @@ def remote(
         content = [{"type": "image_url", "image_url": {"url": _data_url(path)}} for path in item.images]
         content.append({"type": "text", "text": task.prompt(item)})
         try:
-            reply = client.chat.completions.create(
+            raw = client.chat.completions.with_raw_response.create(
                 model=name, messages=[{"role": "user", "content": content}], **extra
             )
         except openai.APIError as error:
             print(f"{item.id}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
             return None
-        return reply.choices[0].message.content or ""
+        text = raw.http_response.text
+        try:  # a web page, or {"error": ...} with status 200, is no answer
+            return json.loads(text)["choices"][0]["message"]["content"] or ""
+        except (ValueError, KeyError, IndexError, TypeError):
+            print(f"{item.id}: the server's reply is not a chat completion: {text[:200]}", file=sys.stderr)
+        return None
 
     def ask(items: Sequence[Item]) -> Iterator[tuple[int, str, str]]:
         with ThreadPoolExecutor(workers) as pool:
@@ -290,16 +310,39 @@ def _data_url(path: Path) -> str:
 def source_of(
     run: str | None, weights: str | None, model: str | None, base_url: str | None
 ) -> dict[str, Any]:
-    """What tells one model from another when a file is resumed: path, newest checkpoint, bytes of weights."""
+    """What tells one model from another when a file is resumed: path, newest checkpoint, its content."""
     if run is not None:
         steps = [int(p.name) for p in (Path(run) / "checkpoints").glob("*") if p.name.isdigit()]
-        return {"run": run, "step": max(steps, default=None)}
+        step = max(steps, default=None)
+        return {"run": run, "step": step, "content": _sealed(Path(run) / "checkpoints" / str(step))}
     if weights is not None:
-        return {
-            "weights": weights,
-            "bytes": sum(p.stat().st_size for p in Path(weights).glob("*.safetensors")),
-        }
+        files = sorted(Path(weights).glob("*.safetensors"))
+        size = sum(path.stat().st_size for path in files)
+        return {"weights": weights, "bytes": size, "content": _sampled(files)}
     return {"model": model, "base_url": base_url}
+
+
+def _sealed(checkpoint: Path) -> str:
+    """The hash of the hashes of a checkpoint's files; "" where it has no manifest."""
+    try:
+        files = json.loads((checkpoint / "manifest.json").read_bytes())["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _sampled(files: Sequence[Path], blocks: int = 256, block: int = 1 << 16) -> str:
+    """A hash of blocks all over every file: other weights of the same size have another."""
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        step = max(block, -(-size // blocks))
+        with path.open("rb") as file:
+            for at in range(0, size, step):
+                file.seek(at)
+                digest.update(file.read(block))
+    return digest.hexdigest()[:16]
 
 
 def settings(options: Any) -> dict[str, Any]:

@@ -64,7 +64,8 @@ _TOKEN = re.compile(
             r"https?://[^\s\"<>()]*[^\s\"<>().,;:!?]",
             r"</?[A-Za-z!?][^\s<>=\"]*(?:\ +[A-Za-z]+)*\ ?/?>",
             r"[A-Za-z\d][^\s\"<>(){}|@]*+@[^\s\"<>(){}|]*[^\s\"<>(){}|.]",
-            r"[CcFf]\#|\#[A-Za-z]+|@[A-Za-z_]\w*",
+            r"\#{2,}|[CcFf]\#|\#[A-Za-z]+|@[A-Za-z_]\w*",
+            r"&[lg]t;|[<>]?[:;=]['*o-]?[()DPdpO\\@{|\[\]](?![A-Za-z\d])",  # the latter are smileys
             # full stops and commas before a hyphen belong to the word: "trees,well-planned" is one
             rf"[A-Za-z\d]++(?:[.,][A-Za-z\d.,]*+{_HYPHENATED}{_END}|{_HYPHENATED}(?![{_ALNUM}_/]))",
             # words that PTB cuts in two: the rest is the next token
@@ -73,7 +74,7 @@ _TOKEN = re.compile(
             rf"(?i:{_QUOTE}t(?=is{_END}|was{_END})|more(?={_QUOTE}n{_END})|{_QUOTE}n{_END}|d{_QUOTE}ye{_END}|y{_QUOTE}(?=all))",
             rf"[{_LETTER}]+(?=[nN]['’`][tT])|[nN]['’`][tT][{_LETTER}]*",
             # apostrophes that belong to a word
-            rf"(?i:’s|{_QUOTE}(?:s|m|d|re|ve|ll){_END})|{_QUOTE}\d\ds{_END}",
+            rf"(?i:’s|{_QUOTE}(?:s|m|d|re|ve|ll){_END})|(?<![A-Za-z\d]){_QUOTE}\d\ds?{_END}",
             rf"(?i:{_QUOTE}(?:em|cause|till?){_END}|nat{_QUOTE}l|ma{_QUOTE}am|ne{_QUOTE}er|ol{_QUOTE})",
             rf"[dDoOlL]{_QUOTE}[{_LETTER}]{{2,}}|[cC]{_QUOTE}mon",
             # full stops that belong to a word
@@ -102,17 +103,24 @@ _TOKEN = re.compile(
 _SPELLED = {
     "(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-",
     "¼": "1/4", "½": "1/2", "¾": "3/4", "⅓": "1/3", "⅔": "2/3",
-    "£": "#", "€": "$", "¤": "$", "₠": "$", "\x80": "$", "¢": "cents",
+    "&lt;": "<", "&gt;": ">", "£": "#", "€": "$", "¤": "$", "₠": "$", "\x80": "$", "¢": "cents",
 }  # fmt: skip
 # pycocoevalcap also lists -LRB- and its kin, but with -lowerCase they come out as "-lrb-" and stay.
-_ENTITIES = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": '"', "&apos;": "'", "&nbsp;": " "}
+_ENTITIES = {"&amp;": "&", "&quot;": '"', "&apos;": "'", "&nbsp;": " "}
 _ENTITY = re.compile("|".join(_ENTITIES))
 _DROPPED = re.compile(r"-+|\.{2,}")
+_SMILEY = re.compile(r"([<>]?[:;=]['*o-]?)([()])")
 
 
 def one_line(caption: str) -> str:
     """The caption with every line break, of Java's list too, as one space."""
     return LINE_BREAKS.sub(" ", caption)
+
+
+def _spelled(token: str) -> str:
+    if match := _SMILEY.fullmatch(token):
+        return match[1] + _SPELLED[match[2]]
+    return _SPELLED.get(token, token)
 
 
 def tokenize(caption: str) -> str:
@@ -122,7 +130,7 @@ def tokenize(caption: str) -> str:
     """
     text = one_line(caption).replace("\xad", "")
     text = _ENTITY.sub(lambda match: _ENTITIES[match[0]], text)
-    tokens = (_SPELLED.get(token, token) for token in _TOKEN.findall(text))
+    tokens = (_spelled(token) for token in _TOKEN.findall(text))
     return " ".join(
         token.lower().replace("’", "'").replace(" ", "\xa0")
         for token in tokens

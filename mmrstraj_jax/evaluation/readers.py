@@ -124,7 +124,10 @@ def require_images(items: list[Item]) -> None:
     missing = [path for item in items for path in item.images if not path.is_file()]
     if missing:
         total = sum(len(item.images) for item in items)
-        raise UserError(f"{missing[0]}: no such image; {len(missing)} of {total} are missing")
+        raise UserError(
+            f"{missing[0]}: no such image; {len(missing)} of {total} are missing; "
+            "name their folder with --images"
+        )
 
 
 # ---- RSIEval, RSICap ----
@@ -196,18 +199,14 @@ def _split_of(items: Mapping[str, list[Item]], split: str, file: Path) -> list[I
 
 
 def karpathy(path: str | Path, split: str = "test", images: str | Path | None = None) -> list[Item]:
-    """Captions from dataset_{ucm,sydney,rsicd}.json or dataset_RSITMD.json; images in imgs/ or images/ beside
-    it.
+    """Captions from dataset_{ucm,sydney,rsicd}.json or dataset_RSITMD.json; images in imgs/, images/ or
+    RSICD's RSICD_images/ beside it.
 
     References are the `raw` sentences, as many as the file has: RSICD pads to five with repetitions, which
     stay (they are part of every published score) and are counted in meta["distinct_references"].
     """
     file = Path(path)
-    root = (
-        Path(images)
-        if images
-        else next((d for d in (file.parent / "imgs",) if d.is_dir()), file.parent / "images")
-    )
+    root = Path(images) if images else _folder(file.parent, "imgs", "RSICD_images", "images")
     by_split: dict[str, list[Item]] = {}
     for row in _read(file).rows("images"):
         name = row.text("filename")
@@ -220,6 +219,11 @@ def karpathy(path: str | Path, split: str = "test", images: str | Path | None = 
     return _split_of(by_split, split, file)
 
 
+def _folder(parent: Path, *names: str) -> Path:
+    """The first of these folders that is there, else the last."""
+    return next((parent / name for name in names if (parent / name).is_dir()), parent / names[-1])
+
+
 def nwpu(path: str | Path, split: str = "test", images: str | Path | None = None) -> list[Item]:
     """NWPU-Captions: an object of classes, each a list of rows with raw, raw_1 .. raw_4; images in
     <class>/<file>.
@@ -229,7 +233,7 @@ def nwpu(path: str | Path, split: str = "test", images: str | Path | None = None
     never be matched).
     """
     file = Path(path)
-    root = Path(images) if images else file.parent / "NWPU_images"
+    root = Path(images) if images else _folder(file.parent, "NWPU_images", "images", "NWPU_images")
     classes = _read(file)
     by_split: dict[str, list[Item]] = {}
     spaces = r"(?:\\u00a0|\xa0)"
@@ -311,6 +315,8 @@ def rsvqa_bin(answer: str, kind: str, variant: str) -> str | None:
         return text
     unit = "m2" if kind == "area" else ""
     bare = text.replace(" m2", "m2").replace("m2", "").replace(",", "")
+    if len(bare) > 100:  # int() refuses 4,300 digits
+        return None
     if variant == "hr" and kind == "count":
         return str(int(bare)) if re.fullmatch(r"[0-9]+", bare) else None
     if re.fullmatch(r"more than 1000", bare):

@@ -9,6 +9,7 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +37,10 @@ def beside_paper(results: Sequence[Result], task: str) -> Grid | None:
             by_type = {row["type"]: row for row in result.scores["questions"]["types"]}
             cells = [by_type.get(column) for column in table.columns]
             rows.append(
-                [result.name, *(f"{percent(c['accuracy'], 2)} (n {c['n']})" if c else "-" for c in cells)]
+                [
+                    result.name,
+                    *(f"{percent(c['accuracy'], 2)} ({_denominator(c)})" if c else "-" for c in cells),
+                ]
             )
         else:
             for source, name in ((None, result.name), ("constant", "constant caption")):
@@ -52,6 +56,12 @@ def beside_paper(results: Sequence[Result], task: str) -> Grid | None:
         *table.notes,
     ]
     return Grid(f"Table {table.number} of the paper: {table.title}", ["method", *table.columns], rows, notes)
+
+
+def _denominator(row: dict[str, Any]) -> str:
+    """What the accuracy is of: the decided answers, and of how many."""
+    decided = row["n"] - row["undecided"]
+    return f"n {row['n']}" if decided == row["n"] else f"n {decided} of {row['n']}"
 
 
 def plot(results: Sequence[Result]) -> bytes | None:

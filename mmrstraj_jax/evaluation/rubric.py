@@ -67,6 +67,8 @@ def grade(results: Sequence[Result], judge: Judge) -> tuple[Grid, list[dict[str,
         graded.append({"id": row["id"], "model": name, "grades": found})
     note = f"Judge {judge.model}: right on {agreed} of {asked} controls"
     note += "." if judge.trusted else "; not believed: all its grades are unparsed."
+    if judge.failures:
+        note += f" {sum(judge.failures.values())} controls were unparsed: {judge.commonest_failure}."
     flat = [(r["model"], {c: g["grade"] for c, g in r["grades"].items()}) for r in graded]
     return _grid(flat, [note]), graded
 

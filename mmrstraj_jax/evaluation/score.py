@@ -111,11 +111,16 @@ def _features(items: Sequence[Item]) -> np.ndarray:
     for item in items:
         thumbs = []
         for path in item.images:
-            with Image.open(path) as image:
-                image.draft("RGB", (64, 64))
-                thumbs.append(
-                    np.asarray(image.convert("RGB").resize((8, 8), Image.Resampling.BOX), np.float32)
-                )
+            try:
+                with Image.open(path) as image:
+                    image.draft("RGB", (64, 64))
+                    small = image.convert("RGB").resize((8, 8), Image.Resampling.BOX)
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                raise UserError(
+                    f"{path}: cannot be read as an image ({error}); restore it, or remove it: the "
+                    "nearest-caption baseline is then left out"
+                ) from None
+            thumbs.append(np.asarray(small, np.float32))
         rows.append(np.concatenate(thumbs).ravel() - 127.5)
     return np.stack(rows)
 
@@ -131,9 +136,7 @@ def _questions(task, items, predictions, judge) -> tuple[dict[str, Any], list[di
     def verdicts(answers: Mapping[str, str]) -> dict[str, vqa.Verdict]:
         if exact:
             return {item.id: _exact(task, item, same[item.id], answers[item.id]) for item in items}
-        return {
-            i.id: vqa.judge(i.type, i.question or "", i.references[0], answers[i.id], known) for i in items
-        }
+        return {i.id: _by_rule(i, answers[i.id], known) for i in items}
 
     by_rule = verdicts(predictions)
     final = {name: verdict.value for name, verdict in by_rule.items()}
@@ -164,7 +167,15 @@ def _questions(task, items, predictions, judge) -> tuple[dict[str, Any], list[di
             stats.row("non-numeric (micro)", [final[i.id] for i in part], [majority[i.id] for i in part],
                       [blind[i.id] for i in part])
         )  # fmt: skip
+        only = stats.table(part, final)  # big_vision's acc_avg_nonum, GeoChat's "Avg"
+        result |= {"non_numeric_macro": only.macro, "non_numeric_types": only.macro_types}
     return result, rows
+
+
+def _by_rule(item: Item, answer: str, known: frozenset[str]) -> vqa.Verdict:
+    """Of several references the best one counts: correct by any, wrong by all, else undecided."""
+    found = [vqa.judge(item.type, item.question or "", r, answer, known) for r in item.references]
+    return min(found, key=lambda verdict: ("correct", "undecided", "wrong").index(verdict.value))
 
 
 def _same(task: Task, item: Item) -> str:
@@ -198,7 +209,7 @@ def _ask_judge(judge, items, predictions, by_rule, final, rows) -> dict[str, Any
     controls = []
     for value, group in decided.items():
         for item in draw.sample(group, min(CONTROLS // 2, len(group))):
-            controls.append((item.question or "", item.references[0], predictions[item.id], value))
+            controls.append((item.question or "", _true(item), predictions[item.id], value))
     about = {"model": judge.model, "cache": str(Path(judge.cache).name)}
     if lacking := [value for value, group in decided.items() if not group]:
         why = f"the rules decided no {' and no '.join(lacking)} answer to try it on"
@@ -208,7 +219,7 @@ def _ask_judge(judge, items, predictions, by_rule, final, rows) -> dict[str, Any
     for item, row in zip(items, rows, strict=True):
         if final[item.id] != "undecided":
             continue
-        reply = judge.verdict(item.question or "", item.references[0], predictions[item.id])
+        reply = judge.verdict(item.question or "", _true(item), predictions[item.id])
         row["judge"] = reply.value
         count[reply.value] += 1
         if reply.value in ("correct", "wrong"):
@@ -216,10 +227,17 @@ def _ask_judge(judge, items, predictions, by_rule, final, rows) -> dict[str, Any
         else:
             row["judge_why"] = reply.why
     return about | {
-        "controls": {"agreed_with_rules": agreed, "asked": asked, "believed": bool(judge.trusted)},
+        "controls": {"agreed_with_rules": agreed, "asked": asked, "believed": bool(judge.trusted)}
+        | (
+            {"unparsed": sum(judge.failures.values()), "why": why} if (why := judge.commonest_failure) else {}
+        ),
         "asked": sum(count.values()),
         "replies": dict(count),
     }
+
+
+def _true(item: Item) -> str:
+    return " / ".join(item.references)
 
 
 def unit(row: Mapping[str, Any]) -> float:

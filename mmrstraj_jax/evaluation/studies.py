@@ -139,15 +139,20 @@ def _chain(run: Path) -> list[tuple[str, pipeline.Source]]:
     """The base weights of a run, then every run that led to it, then itself. Raises UserError."""
     from mmrstraj_jax.training.run import EMBEDDED, embedded_weights, is_run, read_json
 
-    found: list[tuple[str, pipeline.Source]] = []
+    runs: list[Path] = []
     while True:
         if not is_run(run):
             raise UserError(f"{run}: not a run directory (of --run, or one that it started from)")
         base = read_json(run / "base.json")
-        found.insert(0, (run.name, pipeline.Source(run=str(run))))
+        runs.insert(0, run)
         if base["init_from"] is None:
             break
         run = Path(base["init_from"]["run"])
+    names = ["base", *(run.absolute().name for run in runs)]  # of folders: a/run and b/run need two
+    found = [
+        (name if names.count(name) == 1 else f"{number}-{name}", pipeline.Source(run=str(run)))
+        for number, (name, run) in enumerate(zip(names[1:], runs, strict=True), 1)
+    ]
     weights = str(embedded_weights()) if base["path"] == EMBEDDED else base["path"]
     return [("base", pipeline.Source(weights=weights)), *found]
 
@@ -166,15 +171,17 @@ def suite(args: list[str]) -> int:
     )
     parser.add_argument("--batch-size", type=int, default=8)
     options = parser.parse_args(args)
-    results = []
+    results, first = [], command.place().index == 0  # others answer their share, and process 0 tells
     for task in options.tasks:
         for name, source in _chain(options.run):
             folder = options.out / task / name
             who = ["--run", source.run] if source.run else ["--weights", source.weights]
             more = ["--task", task, "--out", str(folder), "--limit", str(options.limit)]
             command.main([*who, *more, "--batch-size", str(options.batch_size)])
-            results.append(comparing.read_result(folder, name))
-    print(pages.write(results, options.out))
+            if first:
+                results.append(comparing.read_result(folder, name))
+    if first:
+        print(pages.write(results, options.out))
     return 0
 
 

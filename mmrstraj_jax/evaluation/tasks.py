@@ -49,7 +49,8 @@ def _karpathy(name: str, split: str) -> Loader:
 
     def load(data: Path | None, images: Path | None) -> list[Item]:
         path = _need(data, what)
-        path = path / file if path.is_dir() else path
+        if path.is_dir():  # UCM_captions/ and Sydney_captions/ came with plain dataset.json
+            path = next((path / n for n in (file, "dataset.json") if (path / n).is_file()), path / file)
         return readers.karpathy(path, split, images)
 
     return load
@@ -84,7 +85,7 @@ def synthcity_rows(path: Path, images: Path | None = None) -> list[Item]:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as rows of an evaluation sample ({error})") from None
-    if not isinstance(rows, list):
+    if not isinstance(rows, list) or not rows:
         raise UserError(f"{path}: expected a list of rows")
     items = []
     for number, row in enumerate(rows):
@@ -153,13 +154,20 @@ def _bench(data: Path | None, images: Path | None) -> list[Item]:
 
     path = ensure_bench() if data is None else _need(data, "annotations.json of SynthTraffic-Bench")
     path = path / "annotations.json" if path.is_dir() else path
-    items = []
-    for row in json.loads(path.read_text(encoding="utf-8"))["annotations"]:
-        image = (images or path.parent / "images") / row["filename"]
-        for n, pair in enumerate(row["qa_pairs"]):
-            meta = {"domain": row["domain"], "truth": pair["truth"]}
-            name, answer = f"{row['filename']}#{n}", (pair["answer"],)
-            items.append(Item(name, (image,), pair["question"], pair["type"], answer, meta))
+    items, number = [], -1
+    try:
+        for row in json.loads(path.read_text(encoding="utf-8"))["annotations"]:
+            number += 1
+            image = resolve_inside(images or path.parent / "images", row["filename"], must_exist=False)
+            for n, pair in enumerate(row["qa_pairs"]):
+                meta = {"domain": row["domain"], "truth": pair["truth"]}
+                name, answer = f"{row['filename']}#{n}", (pair["answer"],)
+                items.append(Item(name, (image,), pair["question"], pair["type"], answer, meta))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}: row {max(number, 0)}: expected filename, domain and qa_pairs with truth, as "
+            f"SynthTraffic-Bench has them ({type(error).__name__}: {error}); RSIEval's is --task rsieval-vqa"
+        ) from None
     return items
 
 

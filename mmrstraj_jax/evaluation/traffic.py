@@ -6,6 +6,7 @@ description claims beyond the reference is counted as unsupported.
 """
 
 import json
+import math
 import random
 import re
 from collections.abc import Sequence
@@ -59,15 +60,15 @@ def units(text: str) -> list[Unit] | None:
         body = body[3:-3].removeprefix("json").strip()
     try:
         rows = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):  # "[[[[..." of a model that goes round in circles
         return None
     if not isinstance(rows, list):
         return None
     kinds, found = set(THEMES.values()), []
     for row in rows:
-        if not isinstance(row, dict) or set(row) != set(Unit._fields) or row["kind"] not in kinds:
+        if not isinstance(row, dict) or set(row) != set(Unit._fields):
             return None
-        if not all(isinstance(value, str) for value in row.values()):
+        if not all(isinstance(value, str) for value in row.values()) or row["kind"] not in kinds:
             return None
         found.append(Unit(**row))
     return found
@@ -129,7 +130,7 @@ def facts(text: str) -> dict[str, Any]:
                     and "t" not in said
                     and (amount := numbers.read([words], [subject]))
                 ):
-                    if amount.exact:
+                    if amount.exact and math.isfinite(amount.low):  # not 400 digits
                         add(name, int(amount.low))
         if said & {"traffic", "flow", "density", "congestion"} and not said & NEGATORS:
             for level in _LEVELS:

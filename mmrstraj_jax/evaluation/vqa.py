@@ -5,11 +5,14 @@ have errors. Undecided means that the rules do not know; a judge may be asked (e
 counts it as right or wrong. How answers are labelled is in docs/evaluation.md, and so is the confusion table.
 """
 
+import re
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from mmrstraj_jax.evaluation.rules import choices, numbers, places, polarity
+from mmrstraj_jax.evaluation.rules.lexicon import group_of
 from mmrstraj_jax.evaluation.rules.text import (
+    NEGATORS,
     answer_clauses,
     content,
     normalise,
@@ -22,6 +25,12 @@ from mmrstraj_jax.evaluation.rules.text import (
 VERDICTS = ("correct", "wrong", "undecided")
 
 
+# "In this image, is the area of ...?"
+_LEAD = re.compile(
+    r"^\s*(?:in|on|from|within) (?:this|the) (?:image|picture|photo|scene)\s*,?\s*"
+    r"(?=(?:is|are|does|do|can|was|were|has|have|what|which|where|how)\b)",
+    re.IGNORECASE,
+)
 _SHARE = frozenset("each per every".split())
 _HEDGE = frozenset("could might may possibly perhaps maybe either".split())
 
@@ -95,6 +104,27 @@ def _yes_or_larger(
     return larger
 
 
+def _absent(case: _Case) -> tuple[str | None] | None:
+    """What is asked about is not there: "Where is the water?" - "There is no water."."""
+    about_presence = polarity.is_question(case.question) and choices.options(case.question) is None
+    if about_presence or len(case.asked) != 1 or not polarity.denies_presence(case.asked[0]):
+        return None
+    asked = content(case.words)
+    things = [w for w in content(case.asked[0]) if any(_synonyms(w, q) for q in asked)]
+    if not things:  # "no motion" of a ship
+        return None
+    denials = [words for words in case.said if NEGATORS & set(words)]
+    if not denials:
+        return ("wrong",)
+    named = [content(words) for words in denials]
+    same = all(not of or any(_synonyms(w, thing) for w in of for thing in things) for of in named)
+    return ("correct" if same and len(denials) == len(case.said) else None,)
+
+
+def _synonyms(a: str, b: str) -> bool:
+    return same_word(a, b) or (b,) in group_of((a,))
+
+
 def _choice(case: _Case) -> tuple[str | None] | None:
     pair = choices.options(case.question)
     if pair is None:
@@ -109,9 +139,12 @@ def _choice(case: _Case) -> tuple[str | None] | None:
 def _polarity(case: _Case) -> tuple[str | None] | None:
     bare = [polarity.explicit(words) for words in case.asked]
     if not polarity.is_question(case.question):
+        if bare not in ([True], [False]) or (bare == [True] and case.asked[0][0] != "yes"):
+            return None  # "right" is a place
+        said = {e for words in case.said if (e := polarity.explicit(words)) is not None}
+        if True in (said | set(bare)):  # "All the cars on the road?"
+            return ("correct" if said == set(bare) else "wrong" if len(said) == 1 else None,)
         # "Where is the tennis court?" - "No."
-        if bare != [False]:
-            return None
         cells = places.read_cells(case.said, [])
         denied = any({"no", "not", "none"} & set(words) for words in case.said)
         return ("correct" if denied and not cells else "wrong" if cells and not denied else None,)
@@ -121,7 +154,18 @@ def _polarity(case: _Case) -> tuple[str | None] | None:
     answer = _bounded(case)
     if answer is None:
         answer = polarity.read(case.said, case.question)
+    if answer is None and not any(polarity.explicit(words) is not None for words in case.said):
+        answer = _along(case)
     return (None if answer is None else "correct" if answer == reference else "wrong",)
+
+
+def _along(case: _Case) -> bool | None:
+    """Whether a road runs as the question asks: "It runs from east to west" of "from south to north?"."""
+    if not places.RUNS & set(case.words):
+        return None
+    asked, said = places.read_axes(case.question), places.read_axes(case.prediction)
+    verdict = places.judge_axes(asked, said) if asked and said and len(said) == 1 else None
+    return None if verdict is None else verdict == "correct"
 
 
 def _bounded(case: _Case) -> bool | None:
@@ -139,6 +183,15 @@ def _bounded(case: _Case) -> bool | None:
     return asked[0].amount.low <= found.low <= asked[0].amount.high
 
 
+_IMAGE_COLOR = re.compile(r"color of (?:the |this )?(?:image|picture|photo)$")
+
+
+def _as_gray(clauses: list[list[str]]) -> list[list[str]]:
+    """A picture, and not a thing in it, is gray when it is panchromatic, or black and white."""
+    gray = [["gray" if w == "panchromatic" else w for w in words] for words in clauses]
+    return [re.sub(r"\bblack and white\b", "gray", " ".join(words)).split() for words in gray]
+
+
 def _color(case: _Case) -> tuple[str | None] | None:
     if not {"color", "colors"} & set(case.words):
         return None
@@ -148,7 +201,8 @@ def _color(case: _Case) -> tuple[str | None] | None:
         return None
     if case.prediction.count("?") > 1:
         return (None,)
-    answer = choices.read_colors(case.said, subject)
+    said = _as_gray(case.said) if _IMAGE_COLOR.search(" ".join(case.words)) else case.said
+    answer = choices.read_colors(said, subject)
     if not answer:
         return (None,)
     found = choices.judge_colors(reference[0], *answer)
@@ -187,6 +241,7 @@ def _relation(case: _Case) -> tuple[str | None] | None:
 
 def _place(case: _Case) -> tuple[str | None] | None:
     asks = {"where", "part", "corner", "position", "location", "side", "located"} & set(case.words)
+    asks |= {"orientation", "facing"} & set(case.words)
     if not asks and case.type not in ("ab_position", "re_position"):
         return None
     subject = content(case.words)[:3]
@@ -209,6 +264,7 @@ def _open(case: _Case) -> tuple[str | None]:
 _RULES: tuple[tuple[str, _Rule], ...] = (
     ("number", _number),
     ("comparison", _comparison),
+    ("absence", _absent),
     ("choice", _choice),
     ("polarity", _polarity),
     ("color", _color),
@@ -227,6 +283,7 @@ def judge(type: str, question: str, reference: str, prediction: str, known: Coll
         known: all answers of a closed set (normalised by `plain`); an answer that is another one of them is
             wrong where no other rule applies.
     """
+    question = _LEAD.sub("", question)
     if plain(prediction) == plain(reference) and plain(prediction):
         return Verdict("correct", "equal")
     said = answer_clauses(prediction, question)

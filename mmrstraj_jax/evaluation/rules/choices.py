@@ -2,7 +2,7 @@
 
 import re
 
-from mmrstraj_jax.evaluation.rules.lexicon import COLORS, GROUPS, OPPOSITES, group_of
+from mmrstraj_jax.evaluation.rules.lexicon import COLORS, COVERS, GROUPS, OPPOSITES, group_of
 from mmrstraj_jax.evaluation.rules.text import (
     NEGATORS,
     content,
@@ -78,7 +78,7 @@ def read_colors(clauses: list[list[str]], subject: list[str]) -> tuple[set[str],
     """(colours of the subject, colours denied, whether they are offered as alternatives), or None."""
     said: list[tuple[str, str, bool]] = []  # colour, what has it, denied
     alternatives = False
-    for words in clauses:
+    for words in _colored(clauses):
         # "navy blue" is a blue; "white gray" may be both
         following = zip(words, [*words[1:], ""], strict=True)
         words = [w for w, after in following if not (w in SHADES and after in COLORS)]
@@ -86,7 +86,7 @@ def read_colors(clauses: list[list[str]], subject: list[str]) -> tuple[set[str],
         alternatives |= "or" in words and len(colors) > 1
         for i in colors:
             after = next((w for w in words[i + 1 :] if w not in _COLOR_SKIP), None)
-            before = " ".join(w for w in words[:i] if w not in COLORS)
+            before = " ".join(w for w in words[:i] if w not in _COLOR_SKIP)
             linked = any(w in ("is", "are", "appears", "appear", "looks", "look", "be") for w in words[:i])
             owner = f"{before} {after or ''}" if linked else after or before
             said.append((words[i], owner, bool(NEGATORS & set(words[max(0, i - 3) : i]))))
@@ -94,9 +94,23 @@ def read_colors(clauses: list[list[str]], subject: list[str]) -> tuple[set[str],
         return None
     if subject:
         mine = [s for s in said if any(same_word(w, subject[-1]) for w in s[1].split())]
-        said = mine or said
+        said = mine or [s for s in said if not s[1].strip()] or said
     has = {color for color, _, denied in said if not denied}
     return has, {color for color, _, denied in said if denied}, alternatives
+
+
+def _colored(clauses: list[list[str]]) -> list[list[str]]:
+    """The clauses, a list of colours as one: "The cars are white, black, and red"."""
+    joined: list[list[str]] = []
+    for words in clauses:
+        before = joined[-1] if joined else ["-"]
+        goes_on = set(words) <= _COLOR_SKIP or set(before) <= _COLOR_SKIP or before[0] == "there"
+        first = next((w for w in words if w not in ("and", "or")), "")
+        if goes_on and first in COLORS and before[-1] in COLORS and not NEGATORS & set(before):
+            joined[-1] += ["and", *words]
+        else:
+            joined.append(list(words))
+    return joined
 
 
 def last_of_run(clauses: list[list[str]]) -> list[list[str]]:
@@ -139,7 +153,8 @@ _COMPARED = (
     # "which covers a larger area, A or B", "which of A and B is larger", "is the area of A larger than B"
     rf"{_GRADE}(?: \w+){{0,3}}? (?:the )?(?:area of )?{_THING}or (?:the )?(.+)$",
     rf"(?:between|of) (?:the )?{_THING}(?:and|or) (?:the )?((?:\w+ ?){{1,4}}?)(?:which|what|is|has|$)",
-    r"^(?:is|are|do|does) (?:there )?(?:more |less |fewer |smaller )?(?:the )?(?:area|number|size)?(?: of)?"
+    r"^(?:is|are|do|does) (?:there )?(?:a )?(?:more |less |fewer |smaller |bigger |higher )?(?:the )?"
+    r"(?:area|number|size|proportion|amount|share|percentage)?(?: of)?"
     rf"(?: the)? ?{_THING}(?:in the (?:image|picture) )?(?:(?:is |are )?{_GRADE} ?(?:\w+ ){{0,2}}?)?"
     r"than (?:the )?(?:that |area |those )?(?:of )?(?:the )?(.+)$",
 )
@@ -219,6 +234,15 @@ def concepts(clauses: list[list[str]]) -> list[tuple[int, bool]]:
     return [(group, denied) for _, _, group, denied in sorted(found)]
 
 
+def _covers(general: int, special: int) -> bool:
+    """Whether one group is a general word for the other: trees for a forest."""
+    return any(
+        (thing,) in GROUPS[special]
+        for phrase in GROUPS[general]
+        for thing in COVERS.get(" ".join(phrase), ())
+    )
+
+
 def judge_open(reference: list[list[str]], answer: list[list[str]]) -> str | None:
     """Answers that name things: the same thing first, none of it, or (None) something in between."""
     wanted = [g for g, denied in concepts(reference) if not denied]
@@ -232,6 +256,10 @@ def judge_open(reference: list[list[str]], answer: list[list[str]]) -> str | Non
             whole = set(wanted) <= set(positive)
             first = positive[0] in wanted
             return "correct" if whole and first and not hedged else None
+        if any(_covers(w, p) for w in wanted for p in positive):
+            return "correct" if not hedged and len(wanted) == 1 == len(positive) else None
+        if any(_covers(p, w) for w in wanted for p in positive):
+            return None  # "trees" of a forest
         return "wrong" if not hedged else None
     words = [w for clause in reference for w in content(clause)]
     said = [w for clause in answer for w in content(clause)]

@@ -41,7 +41,7 @@ CANONICAL = {
         "smaller": "fewer", "wide": "broad", "high": "hd",
         "airport": "airfield aerodrome", "urban": "city town downtown metropolitan",
         "rural": "countryside village",
-        "sunny": "sunshine", "autumn": "fall",
+        "sunny": "sunshine", "autumn": "fall", "slow": "slowly", "fast": "quickly rapid rapidly",
     }.items()
     for written in others.split()
 }  # fmt: skip
@@ -55,7 +55,7 @@ for _a, _b in re.findall(
     "order/random "
     "dense/sparse order/disorder safe/dangerous sunny/cloudy large/small open/closed equal/different "
     "equal/unequal "
-    "left/right top/bottom upper/lower",
+    "left/right top/bottom upper/lower fast/slow calm/wavy",
 ):
     OPPOSITES.setdefault(_a, _b)
     OPPOSITES.setdefault(_b, _a)
@@ -64,6 +64,9 @@ for _a, _b in re.findall(
 GROUPS = tuple(
     tuple(tuple(phrase.split()) for phrase in group.split(","))
     for group in """airport,runway and terminal
+    terminal,airport terminal,terminal building
+    tarmac,apron
+    fish farming,fish farm,fish pond,aquaculture
     harbor,port,seaport,dockyard,marina,wharf
     residential,residence,residential district,housing,neighborhood,neighbourhood,dwelling
     commercial,business,shopping,commerce

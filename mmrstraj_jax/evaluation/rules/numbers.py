@@ -164,7 +164,7 @@ def read(clauses: list[list[str]], subject: list[str]) -> Amount | None:
                 if at and at[0] and words[at[0] - 1] in ("a", "an"):
                     return Amount(1, 1)
         exact = [m for m in near if find(clauses[m.clause][m.end : m.end + len(subject)], subject)]
-        found = exact or near or found
+        found = exact or near or [m for m in found if not _other_size(clauses[m.clause][m.end :], subject)]
     amounts = list(dict.fromkeys(m.amount for m in found))
     if len(amounts) > 1:
         # "two: one at the top, one at the bottom", "six lanes, three in each direction"

@@ -48,8 +48,16 @@ _NOT_A_PLACE = re.compile(
 _GLUE = frozenset("hand most side ward".split())
 
 
+# "the east-west road" is a road, and no place
+_AXIS_NAME = re.compile(r"\b(?:north south|south north|east west|west east)(?= \w)")
+
+
 def _drop(clauses: list[list[str]]) -> list[list[str]]:
     return [tokens(_NOT_A_PLACE.sub(" ", " ".join(words))) for words in clauses]
+
+
+def _places(clauses: list[list[str]]) -> list[list[str]]:
+    return [tokens(_AXIS_NAME.sub(" ", " ".join(words))) for words in _drop(clauses)]
 
 
 def cells_in(words: list[str]) -> list[tuple[Cell, int, int]]:
@@ -88,7 +96,7 @@ def read_cells(clauses: list[list[str]], subject: list[str]) -> set[Cell] | None
 
     Of clauses about several things, those that name the subject count.
     """
-    clauses = [words for words in _drop(clauses) if words]
+    clauses = [words for words in _places(clauses) if words]
     placed = [words for words in clauses if cells_in(words)]
     if subject and len(placed) > 1:
         placed = [w for w in placed if find(w, subject[-1:])] or placed
@@ -138,22 +146,29 @@ def _flat(cells: set[Cell]) -> set[str]:
 
 # ---- relative positions ----
 
+# "... and the building in the center of the image?"
+_IN_THE_IMAGE = re.compile(
+    r" (?:in|at|on) (?:the |this )?(?:(?:(?:top|bottom|upper|lower|left|right|center) ){1,2}"
+    r"(?:part |corner |side |half )?(?:of|in) (?:the |this )?)?(?:image|picture|photo)$"
+)
+
 
 def entities(question: str) -> tuple[list[str], list[str]] | None:
     """(A, B) of a question about A relative to B, as their last words."""
-    text = " ".join(words_of(question))
+    text = _IN_THE_IMAGE.sub("", " ".join(words_of(question)))
     name = r"((?:\w+ ){0,5}?\w+)"
     for pattern, order in (
         (rf"between (?:the )?{name} and (?:the )?{name}$", (1, 2)),
         (rf"(?:where (?:is|are)|(?:position|location) of|which direction (?:is|are)) (?:the )?{name} "
          r"(?:located |situated )?(?:relative|in relation|with respect|compared|relatively|regarding) "
          rf"(?:position )?to (?:the )?{name}$", (1, 2)),
+        (rf"relative \w+ of (?:the )?{name} and (?:the )?{name}$", (1, 2)),
         (rf"(?:which|what) (?:side|direction|part|position) of (?:the )?{name} (?:is|are|does|do) "
          rf"(?:the )?{name}"
          r"(?: (?:on|located|in|lie|at|situated))?(?: on| in| at)?$", (2, 1)),
         (rf"(?:where (?:is|are)) (?:the )?{name} (?:of|from|to) (?:the )?{name}$", (1, 2)),
     ):  # fmt: skip
-        if match := re.search(pattern, re.sub(r" in (?:the|this) (?:image|picture|photo)$", "", text)):
+        if match := re.search(pattern, text):
             a, b = match[order[0]].split(), match[order[1]].split()
             if b[-1] in ("image", "picture", "photo"):
                 return None
@@ -165,7 +180,7 @@ def read_relation(clauses: list[list[str]], pair: tuple[list[str], list[str]]) -
     """Where A lies as seen from B; sentences about B as seen from A are turned round."""
     one, other = pair
     relation: set[Cell] = set()
-    for words in _drop(clauses):
+    for words in _places(clauses):
         if "or" in words and len(cells_in(words)) > 1:
             return None
         if any(w in ("both", "either", "two", "opposite") for w in words) and "side" in map(stem, words):
@@ -213,6 +228,7 @@ _AXES = {
 }  # fmt: skip
 _COMPASS = {"n": "north", "s": "south", "e": "east", "w": "west"}
 _GOES = frozenset("run runs running goes go going heads heading leads leading extends extending".split())
+RUNS = _GOES | {"oriented", "orientation", "direction"}
 
 
 def read_axes(text: str) -> set[str] | None:

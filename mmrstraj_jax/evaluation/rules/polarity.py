@@ -45,7 +45,10 @@ _EXISTS = re.compile(
 )
 # what ends the name of the thing asked for: "a bridge | over the river", "a road | leading to it"
 _END = PREPOSITIONS | frozenset("to for that which who where visible next close when if".split())
-_DOING = frozenset("surrounding surrounded connecting connected leading located going going having".split())
+_DOING = frozenset(
+    "surrounding surrounded connecting connected leading located going having present included shown seen "
+    "depicted".split()
+)
 _ARTICLES = frozenset("a an any some the many of this more".split())
 _QUESTION = re.compile(r"^(?:is|are|does|do|did|can|could|was|were|has|have|will|would|should)\b")
 
@@ -79,6 +82,15 @@ def explicit(words: list[str]) -> bool | None:
     return None
 
 
+def denies_presence(words: list[str]) -> bool:
+    """ "There is no car in the image", "This image does not include buildings", "no water"."""
+    if words[0] == "no" and len(words) > 1:
+        return True
+    if words[0] == "there" and words[1:2] in (["is"], ["are"]) and words[2:3] in (["no"], ["not"]):
+        return True
+    return "not" in words and bool({"contain", "include", "show", "have"} & set(words[words.index("not") :]))
+
+
 def existence_subject(question: str) -> list[str] | None:
     """The thing whose presence is asked for; None when the question asks something else."""
     match = _EXISTS.match(" ".join(words_of(question)))
@@ -87,6 +99,8 @@ def existence_subject(question: str) -> list[str] | None:
     words = next(g for g in match.groups() if g).split()
     end = next((i for i in range(len(words)) if _ends(words, i)), len(words))
     subject = [w for w in words[:end] if w not in _ARTICLES]
+    if len(subject) > 1 and subject[-1] in ("left", "remaining", "available"):
+        subject.pop()  # "any empty places left"
     return [stem(canonical(w)) for w in subject] or None
 
 
@@ -142,7 +156,7 @@ def _exists(clauses: list[list[str]], subject: list[str], question: set[str]) ->
                 found.add(True)
             elif at[2]:
                 found.add(False)
-        elif _EMPTY & set(words) and question & set(content(words)):
+        elif _EMPTY & set(words) and not _EMPTY & question and question & set(content(words)):
             found.add(False)
         elif (
             not content(words)
