@@ -1,7 +1,7 @@
 # Two commands do everything, on a machine with nothing but Python 3.11 or newer:
 #   make demo    sets up, trains stage 1 and stage 2 on the embedded sample, describes images it never saw
 #   make test    sets up, lints, runs the default test suite
-# PYTHON=python3.12 picks another interpreter, VENV=DIR another place for what is installed.
+# PYTHON=python3.12 picks another interpreter for a VENV that is new, VENV=DIR another place for what is installed.
 
 PYTHON ?= python3
 VENV ?= .venv

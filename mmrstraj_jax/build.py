@@ -107,11 +107,11 @@ def _flat(table: dict[str, Any], prefix: str):
 
 def main(args: list[str]) -> int:
     """The command. Raises UserError for whatever the user can put right."""
-    help_wanted, args = take_flag(args, "--help")
+    help_wanted, args = take_flag(["--help" if word == "-h" else word for word in args], "--help")
     step = args[0] if args and not args[0].startswith("--") else ""
     kind = Build if step in ("all", "") else type(getattr(Build(), step.replace("-", "_"), None))
     if help_wanted or not args:
-        print(__doc__)
+        print(statistics_report.__doc__ if step == "statistics" else __doc__)
         if kind is not type(None):
             print(f"Settings of {step or 'all'} and their defaults:\n\n{settings.format_config(kind())}")
         return 0

@@ -343,6 +343,14 @@ def test_options_win_over_the_config_lists_too(tmp_path, capsys):
         assert line in shown
 
 
+def test_help_by_either_name_and_of_statistics(capsys):
+    for words in (["-h"], ["--help"], ["imagery", "-h"]):
+        assert build.main(words) == 0 and "Settings of " in capsys.readouterr().out
+    assert build.main(["statistics", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "--tokenizer DIR" in shown and "--descriptions FILE" in shown
+
+
 def test_help_names_every_setting(capsys):
     assert build.main(["rsi-traffic", "--help"]) == 0
     shown = capsys.readouterr().out

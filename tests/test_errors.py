@@ -1,3 +1,4 @@
+import errno
 import subprocess
 import sys
 import warnings
@@ -59,10 +60,45 @@ def test_a_path_that_the_system_refuses_is_the_users(tmp_path, capsys, monkeypat
     assert message + "; name a path" in capsys.readouterr().err
 
 
+def test_a_disk_that_is_full_while_a_file_is_written_is_the_users(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["command"])
+
+    def main(args):
+        raise OSError(errno.ENOSPC, "No space left on device")  # as file.write does it, without a name
+
+    assert _exit_code(main) == 2
+    assert capsys.readouterr().err == (
+        "error: No space left on device; make room, then give the command again\n"
+    )
+
+
 def test_a_file_that_is_missing_within_keeps_its_traceback(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["command"])
     with pytest.raises(FileNotFoundError):
         run_command(lambda args: (tmp_path / "none").read_text())
+
+
+def test_a_reader_that_has_gone_ends_a_command_without_a_word():
+    """`train --print-config | head`: much output, whose reader closes before any or all of it came."""
+    for lines in (1, 100_000):
+        program = f"""
+from mmrstraj_jax.errors import run_command
+run_command(lambda args: [print("a line") for _ in range({lines})] and 0)
+"""
+        command = [sys.executable, "-c", program]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+            child.stdout.close()
+            assert (child.stderr.read(), child.wait()) == (b"", 141), lines
+
+
+def test_a_broken_pipe_to_somebody_else_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["command"])
+
+    def main(args):
+        raise BrokenPipeError("a server's")
+
+    with pytest.raises(BrokenPipeError, match="a server's"):
+        run_command(main)
 
 
 def test_user_error_is_public_and_a_value_error():

@@ -251,6 +251,20 @@ def test_the_command_needs_no_tensorflow(tmp_path):
     assert list((tmp_path / "data/rsicap/1.0.0").glob("*.array_record*"))
 
 
+def test_a_set_that_was_built_before_says_so(tmp_path, capsys):
+    folder = tmp_path / "manual/rsicap"
+    picture(folder / "images/a.png")
+    row = {"image_id": "0", "filename": "a.png", "text_input": "Describe it.", "text_output": "A pier."}
+    write(folder / "captions.json", {"annotations": [row]})
+    words = ["rsicap", "--manual-dir", str(tmp_path / "manual"), "--data-dir", str(tmp_path / "data")]
+    main(words)
+    assert "built before" not in capsys.readouterr().err
+    write(folder / "captions.json", {"annotations": [row, row | {"image_id": "1"}]})
+    main(words)
+    shown = capsys.readouterr()
+    assert "rsicap/1.0.0: built before, not read again; remove it" in shown.err and "train 1" in shown.out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

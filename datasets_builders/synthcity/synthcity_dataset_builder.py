@@ -10,8 +10,8 @@ from mmrstraj_jax.synthcity import sample
 class Builder(base.ImageText):
     """SynthCity's embedded sample, rendered on first use. Apache-2.0.
 
-    stage1 and stage2: 320 images with a dialogue each; eval_stage1 and eval_stage2: a row per question about
-    120 images each.
+    stage1: 320 images with a dialogue each, stage2: 1,280; eval_stage1 and eval_stage2: a row per question
+    about 120 images each.
     """
 
     LICENCE = "Apache-2.0"

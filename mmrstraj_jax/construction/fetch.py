@@ -124,7 +124,6 @@ def get(
     limits: Limits = LIMITS,
     *,
     allow_loopback: bool = False,
-    user_agent: str = "mmrstraj_jax",
     headers: Mapping[str, str] | None = None,
     body: bytes | None = None,
 ) -> Response:
@@ -141,7 +140,11 @@ def get(
         Of these 408, 425, 429, 5xx, timeouts and broken connections are `retryable`.
     """
     redirects = 0 if headers or body is not None else limits.redirects
-    sent = {"User-Agent": user_agent, "Accept": "image/png, image/jpeg, application/json", **(headers or {})}
+    sent = {
+        "User-Agent": "mmrstraj_jax",
+        "Accept": "image/png, image/jpeg, application/json",
+        **(headers or {}),
+    }
     with _Guard(limits.seconds) as guard:
         for _ in range(redirects + 1):
             location, response = _hop(url, limits, guard, allow_loopback, sent, body)

@@ -2,6 +2,9 @@
 
     python -m mmrstraj_jax.build statistics NAME=FILE ... --out DIR
 
+    --tokenizer DIR        a token is an id of that model's tokenizer; else a word, number or punctuation mark
+    --descriptions FILE    JSON, region to text: the last column of Table 1
+
 Several data sets are measured one by one and together, as the paper does with its two.
 """
 

@@ -62,13 +62,6 @@ def tile_at(lat, lon, zoom: int):
     return np.clip(columns, 0, last), np.clip(np.floor(y + 1e-14 * 2**zoom).astype(np.int64), 0, last)
 
 
-def tile_bounds(x: int, y: int, zoom: int) -> tuple[float, float, float, float]:
-    """West, south, east, north of a tile in degrees; east is 180, not -180, at the map's edge."""
-    north, west = degrees(x, y, zoom, tile=1)
-    south, _ = degrees(x, y + 1, zoom, tile=1)
-    return float(west), float(south), float((x + 1) / 2**zoom * 360 - 180), float(north)
-
-
 def ground_resolution(lat, zoom: int, tile: int = TILE):
     """Metres on the ground along one pixel at this latitude."""
     return 2 * np.pi * MERCATOR_RADIUS * np.cos(np.radians(lat)) / (tile * 2.0**zoom)
