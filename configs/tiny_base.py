@@ -3,7 +3,7 @@
 NOT A RECIPE OF THE PAPER: it makes the stand-in for a pre-trained LLaVA-OneVision checkpoint. Its learning
 rates are those of the language phases, whose steps stand in training/tiny_base.py; the whole is run by
 
-    python -m mmrstraj_jax.training.tiny_base --out mmrstraj_jax/assets/tiny
+    python -m mmrstraj_jax.training.tiny_base --out tiny
 """
 
 from mmrstraj_jax.config import AnyResConfig, Config, LoRAConfig, OptimConfig

@@ -7,10 +7,12 @@
     python -m mmrstraj_jax.convert inspect PATH         what is in this file or folder
 
 SOURCE, A and B: a run directory, a folder in our format, of llava-hf or of lmms-lab, or
-"siglip=DIR,qwen=DIR,projector=DIR" (or projector=fresh). See docs/weights.md.
+"siglip=DIR,qwen=DIR,projector=DIR" (or projector=fresh), or embedded:tiny. See docs/weights.md.
 """
 
 import argparse
+import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,14 +26,30 @@ from mmrstraj_jax.models.mmrstraj import MMRSTraj
 from mmrstraj_jax.training import run
 from mmrstraj_jax.weights import export, native, verify
 from mmrstraj_jax.weights.load import load_model, open_source, source_dtype
-from mmrstraj_jax.weights.safetensors_io import Reader
+from mmrstraj_jax.weights.safetensors_io import Reader, whole_folder
 
 DTYPES = ("source", "bfloat16", "float16", "float32")
+# Options of `export` that mean something without --peft only, and with it only.
+MERGED_ONLY, PEFT_ONLY = ("tokenizer", "title", "max_shard_gb"), ("base", "transformers")
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs, allow_abbrev=False)
+
     def error(self, message: str) -> None:
         raise UserError(f"{message}; see python -m mmrstraj_jax.convert --help")
+
+
+def _number(text: str) -> float:
+    """0 or more, and finite."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of 0 or more")
+    return value
 
 
 def _parser() -> _Parser:
@@ -46,22 +64,26 @@ def _parser() -> _Parser:
         command.add_argument("source")
         command.add_argument("out", help="must not exist")
         command.add_argument("--adapter", help="adapter folder that belongs to SOURCE")
+        command.add_argument("--weights", help="where the base weights of the run SOURCE are now, if moved")
         command.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: %(default)s")
     command.add_argument(
         "--serving-policy", metavar="anyres_max_N", help="needed for models trained with tau"
     )
     command.add_argument("--tokenizer", metavar="DIR", help="if it is not beside the weights")
-    command.add_argument("--title", default="MM-RSTraj", help="of the model card; default: %(default)s")
-    command.add_argument("--max-shard-gb", type=float, default=5.0, help="default: %(default)s")
+    command.add_argument("--title", help="of the model card; default: MM-RSTraj")
+    command.add_argument("--max-shard-gb", type=_number, help="of a weight file; default: 5")
     command.add_argument(
         "--peft", action="store_true", help="write only the adapter, for transformers + peft"
     )
     command.add_argument("--base", help="with --peft: repository, or folder (compared), of the base")
-    command.add_argument("--transformers", choices=tuple(export.RUNTIMES), default="5", help="with --peft")
+    command.add_argument(
+        "--transformers", choices=tuple(export.RUNTIMES), help="with --peft: who loads it; default: 5"
+    )
     command = commands.add_parser("verify", help="compare two sets of weights")
     command.add_argument("a")
     command.add_argument("b")
     command.add_argument("--adapter", help="adapter folder that belongs to A")
+    command.add_argument("--weights", help="where the base weights of the run A are now, if moved")
     command.add_argument(
         "--serving-policy", help="of the export B, if it was made with one: A is asked so too"
     )
@@ -69,7 +91,7 @@ def _parser() -> _Parser:
         "--dtype", choices=DTYPES, default="bfloat16", help="a run or adapter is rounded to it"
     )
     command.add_argument(
-        "--tolerance", type=float, default=0.0, help="largest difference that counts as equal"
+        "--tolerance", type=_number, default=0.0, help="largest difference that counts as equal"
     )
     commands.add_parser("inspect", help="what is in a file or folder").add_argument("path")
     return parser
@@ -88,15 +110,25 @@ class _Opened:
     train_full: tuple[str, ...] = ()
     rebuild: Mapping | None = None  # the run that was merged into the base
     feature_layer: int = 0  # where the base's tower was cut
+    fresh: tuple[str, ...] = ()  # leaves that nothing has filled
 
 
-def _open(source: str, adapter_dir: str | None, dtype: str) -> _Opened:
+def _place(source: str) -> str:
+    """The embedded weights by the name that a run's base.json and the messages give them."""
+    return str(run.embedded_weights()) if source == run.EMBEDDED else source
+
+
+def _open(source: str, adapter_dir: str | None, dtype: str, weights: str | None = None) -> _Opened:
+    if weights is not None and not run.is_run(source):
+        raise UserError(f"--weights {weights}: {source} is no run directory, and names its weights itself")
+    source = _place(source)
     if run.is_run(source):
         if adapter_dir is not None:
             raise UserError(
                 f"--adapter {adapter_dir}: {source} is a run directory and has its own; drop one of them"
             )
-        found = run.open_run(source, dtype=dtype)
+        moved = {} if weights is None else {"weights": weights}
+        found = run.open_run(source, dtype=dtype, **moved)
         settings, base = found.run_config, found.base["path"]
         return _Opened(
             found.model,
@@ -110,10 +142,11 @@ def _open(source: str, adapter_dir: str | None, dtype: str) -> _Opened:
             settings.train_full,
             found.base["rebuild"],
             found.base.get("feature_layer", 0),
+            found.fresh,
         )
     loaded = load_model(source, dtype=dtype)
     beside = loaded.tokenizer_dir, source, loaded.layout, loaded.unused
-    opened = _Opened(loaded.model, loaded.config, loaded.anyres, *beside)
+    opened = _Opened(loaded.model, loaded.config, loaded.anyres, *beside, fresh=loaded.fresh)
     if adapter_dir is not None:
         opened.model, adapter = native.load_adapter(
             loaded.model, adapter_dir, base_fingerprint=loaded.fingerprint
@@ -122,7 +155,7 @@ def _open(source: str, adapter_dir: str | None, dtype: str) -> _Opened:
     return opened
 
 
-def _peft_base(named: str | None, found: _Opened) -> str:
+def _peft_base(named: str | None, found: _Opened, weights: str | None) -> str:
     """The base that a PEFT adapter names: transformers loads it, and it is what was trained on.
 
     Raises UserError where that cannot be said of any, or not of the one that was named.
@@ -148,7 +181,8 @@ def _peft_base(named: str | None, found: _Opened) -> str:
         outputs = (plain or merged for key, merged, plain in tensors if not key.startswith(full))
         if found.rebuild is not None:  # as the export of that run writes it, in the folder's own dtype
             dtype = source_dtype(open_source(named))
-            origin = run.open_run(found.rebuild["run"], step=found.rebuild["step"], dtype=dtype)
+            moved = {} if weights is None else {"weights": weights}
+            origin = run.open_run(found.rebuild["run"], step=found.rebuild["step"], dtype=dtype, **moved)
             outputs = (merged for _, merged, _ in export.merged_slices(origin.model, dtype))
         export.check_base(named, outputs, found.config)
     elif found.rebuild is not None or found.feature_layer:
@@ -165,23 +199,29 @@ def main(argv: list[str]) -> int:
         return 0
     if args.command == "verify":
         return _verify(args)
-    if Path(args.out).exists():
+    if os.path.lexists(args.out):
         raise UserError(f"{args.out}: exists; nothing is overwritten, name a new folder")
-    found = _open(args.source, args.adapter, args.dtype)
+    if args.command == "export":
+        _check_options(args)
+    found = _open(args.source, args.adapter, args.dtype, args.weights)
+    is_fresh = any(name.startswith("multi_modal_projector.") for name in found.fresh)
+    untrained = "; its projector is fresh: nothing has trained it, stage 0 does" if is_fresh else ""
     sizes = found.config, found.anyres
     dtype = found.model.language_model.embed_tokens.weight.dtype
     if args.command == "import":
         merge_lora(found.model)
         beside = {"tokenizer_dir": found.tokenizer_dir, "unused": found.unused}
-        native.save(found.model, *sizes, args.out, dtype=dtype, **beside)
-        print(f"{args.out}: our format, {dtype}, from {args.source}")
+        beside["fresh"] = found.fresh if is_fresh else ()
+        with whole_folder(args.out) as folder:
+            native.save(found.model, *sizes, folder, dtype=dtype, **beside)
+        print(f"{args.out}: our format, {dtype}, from {args.source}{untrained}")
     elif args.peft:
         if found.lora is None:
             raise UserError(
                 f"--peft: {args.source} has no adapter; expected a run directory, or --adapter DIR"
             )
-        base = _peft_base(args.base, found)
-        how = {"policy": args.serving_policy, "runtime": args.transformers}
+        base = _peft_base(args.base, found, args.weights)
+        how = {"policy": args.serving_policy, "runtime": args.transformers or "5"}
         full = found.train_full
         done = export.export_peft(
             found.model, *sizes, found.lora, args.out, base=base, train_full=full, **how
@@ -189,29 +229,44 @@ def main(argv: list[str]) -> int:
         print(f"{args.out}: PEFT adapter of {done.num_tensors} tensors for {base}")
     else:
         tokenizer = Path(args.tokenizer) if args.tokenizer else found.tokenizer_dir
-        how = {"policy": args.serving_policy, "max_shard_bytes": int(args.max_shard_gb * 1e9)}
-        note = f"Base weights: `{found.base}`."
-        base = str(run.embedded_weights()) if found.base == run.EMBEDDED else found.base
+        shard_gb = 5.0 if args.max_shard_gb is None else args.max_shard_gb
+        how = {"policy": args.serving_policy, "max_shard_bytes": int(shard_gb * 1e9)}
+        notes = [f"Base weights: `{found.base}`."]
+        if is_fresh:
+            notes.append("The projector is fresh: nothing has trained it, and answers are noise.")
+        base = _place(found.base)
         done = export.export_hf(
             found.model, *sizes, args.out, tokenizer_dir=tokenizer, dtype=dtype, unused=found.unused,
-            title=args.title, notes=(note,), base=base, train_full=found.train_full, **how
+            title=args.title or "MM-RSTraj", notes=tuple(notes), base=base, train_full=found.train_full, **how
         )  # fmt: skip
         lost = f", {done.num_unchanged} of them unchanged by rounding" if done.num_unchanged else ""
         print(
             f"{args.out}: {done.num_tensors} tensors, {done.num_merged} with an adapter merged{lost}; "
-            "read back"
+            f"read back{untrained}"
         )
     return 0
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """Raises UserError: an option that the other kind of export would not look at."""
+    for name in MERGED_ONLY if args.peft else PEFT_ONLY:
+        if getattr(args, name) is not None:
+            how = (
+                "belongs to a merged checkpoint, and --peft writes none; drop one of them"
+                if args.peft
+                else "belongs to an adapter; give --peft too, or drop it"
+            )
+            raise UserError(f"--{name.replace('_', '-')}: {how}")
 
 
 def _verify(args: argparse.Namespace) -> int:
     with Reader() as reader:
         sides = []
-        for path, adapter in ((args.a, args.adapter), (args.b, None)):
-            if adapter is None and not run.is_run(path):
-                sides.append(verify.tensors_of_files(path, reader))
+        for path, adapter, weights in ((args.a, args.adapter, args.weights), (args.b, None, None)):
+            if adapter is weights is None and not run.is_run(path):
+                sides.append(verify.tensors_of_files(_place(path), reader))
                 continue
-            found = _open(path, adapter, args.dtype)
+            found = _open(path, adapter, args.dtype, weights)
             dtype = np.dtype(found.model.language_model.embed_tokens.weight.dtype)
             sizes = found.config, found.anyres
             sides.append(verify.tensors_of_model(path, found.model, *sizes, dtype, found.tokenizer_dir))

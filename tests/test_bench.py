@@ -31,6 +31,13 @@ def test_it_is_as_published(folder):
         bench.check({name: ["0" * 16, d[1]] for name, d in bench.published()["digests"].items()})
 
 
+def test_the_cached_folder_is_as_open_as_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "write", lambda folder: (folder / "annotations.json").write_text("{}"))
+    path = bench.ensure_bench(tmp_path / "cache")
+    assert path.parent.stat().st_mode == tmp_path.joinpath("cache").stat().st_mode
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == [path.parent.name]
+
+
 def test_help_says_which_task_reads_what_it_writes(folder, capsys):
     with pytest.raises(SystemExit):
         bench.main(["--help"])

@@ -277,6 +277,9 @@ def test_embedded_sample_is_made_once(tmp_path, monkeypatch):
     before = paths["stage1"].stat().st_mtime_ns
     assert ensure_sample(tmp_path) == paths and paths["stage1"].stat().st_mtime_ns == before
     assert [p.name for p in tmp_path.iterdir()] == [paths["stage1"].parent.name]
+    # a cache that several users share: as open as any folder made in it
+    (paths["stage1"].parent / "plain").mkdir()
+    assert paths["stage1"].parent.stat().st_mode == (paths["stage1"].parent / "plain").stat().st_mode
     (paths["stage1"].parent / "stamp.json").write_text("{}")  # another version's: made again
     ensure_sample(tmp_path)
     assert json.loads((paths["stage1"].parent / "stamp.json").read_text()) != {}

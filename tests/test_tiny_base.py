@@ -9,6 +9,7 @@ from mmrstraj_jax import parallel
 from mmrstraj_jax.config import MODEL_PRESETS, AnyResConfig
 from mmrstraj_jax.data import anyres, chat
 from mmrstraj_jax.data.tokenizer import Tokenizer
+from mmrstraj_jax.errors import UserError
 from mmrstraj_jax.models.mmrstraj import Inputs, init_model
 from mmrstraj_jax.synthcity.sample import samples
 from mmrstraj_jax.training import dense, muon, pointing, run, shared_prefix, tiny_base, tiny_data, tiny_text
@@ -156,16 +157,20 @@ def test_a_stopped_phase_goes_on_to_the_same_weights(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return 0, np.random.default_rng(step).normal(size=(4, 3)).astype(np.float32)
 
-    def phase(name):
+    def phase(name, steps=5):
         weights = {"layers.weight": jnp.ones((2, 3, 3)), "bias": jnp.ones(3)}
-        optimizer = muon.Muon(mesh, 5, matrix_lr=1e-2, adam_lr=1e-2)
+        optimizer = muon.Muon(mesh, steps, matrix_lr=1e-2, adam_lr=1e-2)
         frozen = {"target": jnp.zeros(3)}
-        return tiny_base.fit(tmp_path / f"{name}.npz", loss, weights, frozen, optimizer, 5, batches)
+        return tiny_base.fit(tmp_path / f"{name}.npz", loss, weights, frozen, optimizer, steps, batches)
 
     with pytest.raises(KeyboardInterrupt):
         phase("stopped")
     assert (tmp_path / "stopped.partial.npz").exists()
     stops.clear()
+    with pytest.raises(UserError, match="stopped.partial.npz: of a phase of 5 steps, asked for are 6"):
+        phase("stopped", 6)
     for name, leaf in phase("stopped").items():
         np.testing.assert_array_equal(leaf, phase("straight")[name])
     assert not (tmp_path / "stopped.partial.npz").exists()
+    with pytest.raises(UserError, match="stopped.npz: of a phase of 5 steps, asked for are 6"):
+        phase("stopped", 6)

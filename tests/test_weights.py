@@ -221,6 +221,8 @@ def test_qwen25_puts_image_after_its_own_tokens(tmp_path):
     "text, message",
     [
         ("siglip=a,qwen=b", "expected siglip=DIR"),
+        ("siglip=a,siglip={s},qwen=b,projector=fresh", "expected siglip=DIR"),
+        ("siglip={s}, qwen={s}, projector=fresh", "expected a qwen folder"),
         ("siglip={s},qwen={s},projector=fresh", "expected a qwen folder"),
     ],
 )

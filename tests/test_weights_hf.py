@@ -17,7 +17,7 @@ from mmrstraj_jax.api import Model
 from mmrstraj_jax.config import LoRAConfig
 from mmrstraj_jax.data import anyres, chat, images
 from mmrstraj_jax.data.tokenizer import Tokenizer
-from mmrstraj_jax.models.lora import add_lora
+from mmrstraj_jax.models.lora import add_lora, train_in_full
 from mmrstraj_jax.weights import export, native
 from mmrstraj_jax.weights.load import LoadedModel, load_model
 
@@ -26,6 +26,7 @@ transformers = pytest.importorskip("transformers")
 
 REFERENCE = Path(__file__).parent / "parity" / "hf_reference.py"
 LORA = LoRAConfig(rank=2, alpha=4.0, dropout=0.0, language_model=("q_proj", "down_proj"))
+LORA_OF_TEXT = LoRAConfig(rank=2, vision_tower=(), projector=(), language_model=("q_proj",))
 
 
 def with_adapters(loaded: LoadedModel, seed: int = 0) -> LoadedModel:
@@ -170,6 +171,48 @@ def test_exports_give_the_same_logits_in_transformers_4_57(tmp_path):
     assert found["version"].startswith("4.57")
 
 
+@pytest.mark.parametrize("lora", [LoRAConfig(rank=2, vision_tower=(), projector=()), LORA_OF_TEXT], ids=str)
+def test_peft_loads_a_projector_trained_in_full(lora, tmp_path):
+    """With adapters beside it, and alone as stage 0 trains it: PEFT refuses an empty list of targets."""
+    peft = pytest.importorskip("peft")
+    base = case.model(tmp_path / "hub")
+    sizes = base.config, base.anyres
+    export.export_hf(base.model, *sizes, tmp_path / "base", tokenizer_dir=base.tokenizer_dir)
+    train_in_full(base.model, ["projector"])
+    add_lora(base.model, lora, jax.random.key(0))
+    base.model.multi_modal_projector.linear_1.weight[...] += 1
+    how = {"base": str(tmp_path / "base"), "train_full": ("projector",)}
+    export.export_peft(base.model, *sizes, lora, tmp_path / "adapter", **how)
+    theirs = transformers.LlavaOnevisionForConditionalGeneration.from_pretrained(tmp_path / "base")
+    merged = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").merge_and_unload()
+    found = merged.model.multi_modal_projector.linear_1.weight.detach().numpy()
+    np.testing.assert_array_equal(found, base.model.multi_modal_projector.linear_1.weight)
+
+
+def test_a_tokenizer_that_transformers_5_wrote_is_exported_for_4_57_too(tmp_path):
+    """5 writes a class and a list that 4.57, and vLLM with it, cannot read."""
+    loaded = case.model(tmp_path / "hub")
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(tmp_path / "hub" / "tokenizer.json"),
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
+    )
+    theirs.save_pretrained(tmp_path / "five")
+    written = json.loads((tmp_path / "five" / "tokenizer_config.json").read_text())
+    assert written["tokenizer_class"] == "TokenizersBackend"
+    assert written["extra_special_tokens"] == ["<|im_start|>"]
+    given = {"tokenizer_dir": tmp_path / "five"}
+    export.export_hf(loaded.model, loaded.config, loaded.anyres, tmp_path / "out", **given)
+    settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert settings["additional_special_tokens"] == ["<|im_start|>"]
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]  # no token_type_ids, as Qwen's
+    assert not isinstance(settings.get("extra_special_tokens", {}), list)
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert again.all_special_tokens == theirs.all_special_tokens
+
+
 # ---- prompts and counts ----
 
 
@@ -230,6 +273,39 @@ def test_exported_template_gives_our_ids(folder, number):
         ids, labels = chat.encode(messages, ours, mask="clean")
         assert found["input_ids"] == ids.tolist()
         assert found["assistant_masks"] == (labels != chat.IGNORE).astype(int).tolist()
+
+
+def test_images_and_videos_come_first_in_any_number(folder):
+    """Lists of parts, several slots among the texts, as an engine hands them on."""
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), Tokenizer.load(folder)
+    kinds = {"i": {"type": "image"}, "v": {"type": "video"}, "t": {"type": "text", "text": "a thin"}}
+    for order in ("t", "i", "it", "ti", "iit", "tit", "vt", "vit", "tt", "itt", "ivtit"):
+        messages = [{"role": "user", "content": [kinds[kind] for kind in order]}]
+        found = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        turn = "<image>" * order.count("i") + "<video>" * order.count("v")
+        turn += "\n" * (turn != "" and "t" in order) + "\n".join(["a thin"] * order.count("t"))
+        assert f"user\n{turn}<|im_end|>\n" in found
+        if "v" not in order:
+            ids = theirs.encode(found, add_special_tokens=False)
+            assert ids == chat.prompt(messages, ours).tolist()
+
+
+def test_vllm_sees_that_the_template_takes_parts(folder):
+    """It looks for a loop over message['content'], filters aside; without one it gives the template a string
+    in which each slot is a line of its own, which is not the training layout of several images.
+    """
+    from jinja2 import nodes
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    template = (folder / "chat_template.jinja").read_text()
+    found = []
+    for loop in _compile_jinja_template(template).environment.parse(template).find_all(nodes.For):
+        over = loop.iter
+        while isinstance(over, nodes.Filter):
+            over = over.node
+        if isinstance(over, nodes.Getitem) and over.node.name == "message":
+            found.append(over.arg.value)
+    assert "content" in found
 
 
 LONE = [

@@ -1,8 +1,12 @@
 """The safetensors reader and writer: exact, held against the `safetensors` package, and hard to fool."""
 
+import errno
 import json
+import mmap
 import os
 import pickle
+import subprocess
+import sys
 import tracemalloc
 import zipfile
 
@@ -143,6 +147,17 @@ def test_tensors_of_many_blocks(tmp_path):
     assert len(checksums) == 1
 
 
+def test_a_kernel_without_huge_pages_is_fine(monkeypatch):
+    """madvise is a hint; such kernels answer EINVAL."""
+
+    class Pages(mmap.mmap):
+        def madvise(self, *_):
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(mmap, "mmap", Pages)
+    assert empty((300, 300), np.float32).shape == (300, 300)
+
+
 def test_large_arrays_are_aligned_for_jax():
     assert empty((300, 300), np.float32).ctypes.data % 64 == 0
     assert empty((3,), np.float32).shape == (3,)
@@ -161,7 +176,7 @@ LIES = {
     "a key twice": (b'{"a": {}, "a": {}}', None, b""),
     "metadata of numbers": ({"__metadata__": {"a": 1}}, None, b""),
     "missing dtype": ({"a": {"shape": [2], "data_offsets": [0, 8]}}, None, b"x" * 8),
-    "unknown dtype": ({"a": T | {"dtype": "I64", "data_offsets": [0, 16]}}, None, b"x" * 16),
+    "unknown dtype": ({"a": T | {"dtype": "F8_E4M3", "data_offsets": [0, 2]}}, None, b"x" * 2),
     "dtype is a list": ({"a": T | {"dtype": ["F32"]}}, None, b"x" * 8),
     "wrong dtype size": ({"a": T | {"dtype": "F16"}}, None, b"x" * 8),
     "negative shape": ({"a": T | {"shape": [-2]}}, None, b"x" * 8),
@@ -241,6 +256,26 @@ def test_pickles_are_refused_and_not_run(name, tmp_path, monkeypatch):
         with pytest.raises(UserError, match="save_file"):
             list_tensors(path)
     assert not (tmp_path / "sentinel").exists()
+
+
+def test_the_command_against_pickles_makes_one_file_of_all_shards(tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    for number in (1, 2):
+        values = {f"t{number}": torch.full((3,), float(number))}
+        torch.save(values, f"pytorch_model-{number:05d}-of-00002.bin")
+    torch.save({"lr": 1.0}, "optimizer.pt")
+    with pytest.raises(UserError, match="pytorch_model-00001-of-00002.bin: .*in their folder: ") as caught:
+        list_tensors(tmp_path)
+    command = str(caught.value).partition("folder: python ")[2]
+    subprocess.run(f"{sys.executable} {command}", shell=True, check=True)
+    found = {name: values.tolist() for name, values in load_file("model.safetensors").items()}
+    assert found == {"t1": [1.0] * 3, "t2": [2.0] * 3} and set(list_tensors(tmp_path)) == set(found)
+
+
+def test_a_folder_may_be_named_like_a_pickle(tmp_path):
+    write_sharded(tmp_path, outputs({"a": np.zeros(2, np.float32)}))
+    assert set(list_tensors(tmp_path.rename(tmp_path.with_name("model.ckpt")))) == {"a"}
 
 
 def test_index_problems_are_named(tmp_path):

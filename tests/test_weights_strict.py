@@ -42,6 +42,10 @@ BAD = {
         "missing vision_tower.*layer_norm1.bias",
     ),
     "missing newline": ({"image_newline": None}, "missing image_newline"),
+    "integers": (
+        {"image_newline": np.zeros(24, np.int64)},
+        "image_newline holds integers, expected BF16, F16, F32",
+    ),
     "extra": ({"adapter.weight": WIDE}, "extra adapter.weight"),
     "extra layer": (
         {L + "layers.2.mlp.up_proj.weight": np.zeros((40, 24), np.float32)},
@@ -119,6 +123,9 @@ def test_tied_head_may_differ_in_padded_vocabulary_rows_only(tmp_path):
     head[265:] += 1  # 265 tokens, rows 256..319 are the padding to a multiple of 64
     folder = changed(tmp_path, tensors={"language_model.lm_head.weight": head})
     assert load_model(folder).config.text.tie_word_embeddings
+    tokens = (folder / "tokenizer.json").rename(folder / "elsewhere.json")
+    assert load_model(folder).config.text.tie_word_embeddings
+    tokens.rename(folder / "tokenizer.json")
     head[264] += 1
     save_file(
         load_file(folder / "model.safetensors") | {"language_model.lm_head.weight": head},
@@ -190,6 +197,10 @@ WRONG = {
         "image_size / patch_size is 71428571",
     ),
     "policy without a view": ({"vision_aspect_ratio": "anyres_max_0"}, "'anyres_max_0' is not implemented"),
+    "layer types": (
+        {"text_config": case.text_json() | {"layer_types": ["full_attention", "sliding_attention"]}},
+        "layer_types .*sliding_attention",
+    ),
     "vision act": ({"vision_config": case.vision_json() | {"hidden_act": "gelu"}}, "hidden_act 'gelu'"),
 }
 
@@ -275,6 +286,34 @@ def test_clip_normalisation_is_refused(tmp_path):
     )
     with pytest.raises(UserError, match="image_mean"):
         load_model(folder)
+
+
+def test_the_image_processor_in_the_file_of_transformers_5(tmp_path):
+    """5 nests it in processor_config.json and writes no preprocessor_config.json."""
+    folder = case.write_layout(tmp_path / "x", "hub", case.tensors())
+    good = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": 28, "width": 28}}
+    for change, message in (
+        ({}, None),
+        ({"image_mean": [0.48, 0.46, 0.41]}, "processor_config.json: image_mean .0.48"),
+        ({"size": {"height": 384, "width": 384}}, "processor_config.json: size .* contradicts"),
+    ):
+        text = json.dumps({"num_image_tokens": 4, "image_processor": good | change})
+        (folder / "processor_config.json").write_text(text)
+        if message is None:
+            open_source(folder)
+            continue
+        with pytest.raises(UserError, match=message):
+            open_source(folder)
+
+
+def test_position_ids_of_older_files_are_not_parameters(tmp_path):
+    content = case.named(case.tensors(), "hub")
+    content["vision_tower.vision_model.embeddings.position_ids"] = np.arange(4)[None]
+    config = case.hf_json()
+    config["text_config"] |= {"layer_types": ["full_attention"] * 2}
+    folder = case.write(tmp_path / "x", config, content)
+    plain = case.write_layout(tmp_path / "y", "hub", case.tensors())
+    assert load_model(folder).fingerprint == load_model(plain).fingerprint
 
 
 def test_rope_theta_of_both_generations(tmp_path):

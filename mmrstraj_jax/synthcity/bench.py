@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -124,8 +124,8 @@ def ensure_bench(cache_dir: str | os.PathLike | None = None) -> Path:
     name = hashlib.sha256(HASHES.read_bytes()).hexdigest()[:8]
     folder = root / f"synthtraffic-bench-{VERSION}-{name}"
     if not folder.exists():
-        root.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=".bench-", dir=root))
+        work = root / f".bench-{uuid.uuid4().hex}"
+        work.mkdir(parents=True)
         try:
             write(work)
             work.rename(folder)  # complete under its name, or not there

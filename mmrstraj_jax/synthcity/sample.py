@@ -8,7 +8,7 @@ import json
 import math
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -309,8 +309,8 @@ def ensure_sample(cache_dir: str | os.PathLike | None = None) -> dict[str, Path]
     paths = {split: folder / f"{split}.json" for split in EMBEDDED}
     if _stamped(folder, stamp):
         return paths
-    root.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=".synthcity-", dir=root))
+    work = root / f".synthcity-{uuid.uuid4().hex}"
+    work.mkdir(parents=True)  # as open to others as the cache is, which tempfile's folders are not
     try:
         for split, (num, domain, kind) in EMBEDDED.items():
             write_sample(work, split, num, 0, domain, kind)

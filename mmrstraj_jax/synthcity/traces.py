@@ -128,7 +128,9 @@ def _grab_rows(day: trips.Trips, seed: int, note: Note) -> Iterator[tuple]:
         fixes = receiver.fixes(trip, 1.0)
         mode = "car" if draw() < 0.7 else "motorcycle"
         system = "android" if draw() < 0.8 else "ios"
-        move = np.gradient(fixes.true_xy, axis=0) if len(fixes.time) > 1 else np.zeros((1, 2))
+        move = np.zeros((1, 2))
+        if len(fixes.time) > 1:  # by the time between fixes: beside a gap it is more than a second
+            move = np.gradient(fixes.true_xy, axis=0) / np.gradient(fixes.time)[:, None]
         speed, bearing = np.hypot(*move.T), np.degrees(np.arctan2(move[:, 0], move[:, 1])) % 360
         values = zip(
             fixes.time.round().astype(int).tolist(), fixes.lat.tolist(), fixes.lon.tolist(),

@@ -1,6 +1,6 @@
 """Makes the tiny base model that ships with the package, from nothing but seeds.
 
-    python -m mmrstraj_jax.training.tiny_base --out mmrstraj_jax/assets/tiny --work runs/tiny_base
+    python -m mmrstraj_jax.training.tiny_base --out tiny --work runs/tiny_base
 
 Phases, each resumable by the same command: images, labels and tokenizer; the tower on dense ground truth; the
 language model on text; projector and language model on the finished tower; everything together at a lower
@@ -88,9 +88,11 @@ def fit(
     Args:
         loss: (trainable, frozen, group, batch) -> scalar, metrics; one program for each group.
         batches: step -> (group, host batch).
+    Raises:
+        UserError: `path` was made with another number of steps.
     """
     if path.exists():
-        return _read(path, trainable)
+        return _read(path, trainable, steps)
     replicated = jax.NamedSharding(optimizer.mesh, jax.P())
 
     @functools.partial(jax.jit, static_argnums=3, donate_argnums=(0, 1))
@@ -102,7 +104,7 @@ def fit(
     carried = trainable, jax.device_put(optimizer.init(trainable), replicated)
     partial_path, start = path.with_suffix(".partial.npz"), 0
     if partial_path.exists():
-        carried = jax.device_put(_read(partial_path, carried), replicated)
+        carried = jax.device_put(_read(partial_path, carried, steps), replicated)
         start = int(carried[1].step)
     seen, began = [], time.monotonic()
     for step in range(start, steps):
@@ -122,22 +124,29 @@ def fit(
             )
             seen = []
         if (step + 1) % SAVE_EVERY == 0 and step + 1 < steps:
-            _write(partial_path, tuple(carried))
-    _write(path, carried[0])
+            _write(partial_path, tuple(carried), steps)
+    _write(path, carried[0], steps)
     partial_path.unlink(missing_ok=True)
-    return _read(path, carried[0])
+    return _read(path, carried[0], steps)
 
 
-def _write(path: Path, tree) -> None:
+def _write(path: Path, tree, steps: int) -> None:
     temporary = path.with_name(f"_{path.name}")
-    np.savez(temporary, *map(np.asarray, jax.tree.leaves(tree)))
+    np.savez(temporary, *map(np.asarray, jax.tree.leaves(tree)), steps=steps)
     temporary.replace(path)
 
 
-def _read(path: Path, like):
+def _read(path: Path, like, steps: int):
+    structure = jax.tree.structure(like)
     with np.load(path) as arrays:
-        leaves = [jnp.asarray(arrays[f"arr_{k}"]) for k in range(len(arrays))]
-    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+        made_with = arrays.get("steps", steps)  # work of an earlier version does not say
+        if made_with != steps:
+            raise UserError(
+                f"{path}: of a phase of {made_with} steps, asked for are {steps}; give the options "
+                "that it was made with, or name another --work"
+            )
+        leaves = [jnp.asarray(arrays[f"arr_{k}"]) for k in range(structure.num_leaves)]
+    return jax.tree.unflatten(structure, leaves)
 
 
 @dataclasses.dataclass

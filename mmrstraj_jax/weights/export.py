@@ -5,9 +5,7 @@ Everything is written to a temporary folder beside the target, read back, compar
 
 import json
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,11 +27,19 @@ from mmrstraj_jax.weights.foreign import open_folder
 from mmrstraj_jax.weights.load import check, leaf_shapes, open_source, read_leaf
 from mmrstraj_jax.weights.native import leaves
 from mmrstraj_jax.weights.progress import Progress
-from mmrstraj_jax.weights.safetensors_io import Output, Reader, write_file, write_sharded, write_text
+from mmrstraj_jax.weights.safetensors_io import (
+    Output,
+    Reader,
+    whole_folder,
+    write_file,
+    write_sharded,
+    write_text,
+)
 from mmrstraj_jax.weights.serving import model_card, write_serving_files
 
 # transformers' module path of the tower's layers; 5.0 dropped the `vision_model` module in between.
 RUNTIMES = {"5": "model.vision_tower.encoder.", "4.57": "model.vision_tower.vision_model.encoder."}
+_NO_TARGET = "dummy-target-modules"  # peft.utils.constants: it refuses an empty list
 
 
 @dataclass(frozen=True)
@@ -164,7 +170,7 @@ def export_hf(
         assert base is not None, "parts trained in full are compared with the base"
         _check_trained(model, base, dtype, train_full)
 
-    with _new_folder(directory) as folder:
+    with whole_folder(directory) as folder:
         write_sharded(folder, outputs, max_shard_bytes)
         write_serving_files(folder, config, anyres, served, dtype.name, tokenizer_dir, title, list(notes))
         _read_back(folder, config, served, outputs, progress)
@@ -227,9 +233,15 @@ def _read_back(
     with Reader() as reader:
         for tensor in outputs:
             entry = source.tensors.get(tensor.name) or source.unused[tensor.name]
-            if reader.read(entry).tobytes() != tensor.make().tobytes():
+            found = reader.read(entry)
+            if found.tobytes() != tensor.make().tobytes():
                 raise UserError(
                     f"{folder}: {tensor.name} was not written as intended; check the disk and repeat"
+                )
+            if found.dtype == np.float16 and np.isinf(found).any():
+                raise UserError(
+                    f"{tensor.name}: holds values that float16 cannot (it ends at 65,504); export with "
+                    "--dtype bfloat16 or float32"
                 )
             bar.add(tensor.num_bytes)
     bar.close()
@@ -295,7 +307,7 @@ def export_peft(
         raise UserError(
             "the model has no adapters, or they are zero: merged would equal the base; train them first"
         )
-    with _new_folder(directory) as folder:
+    with whole_folder(directory) as folder:
         write_file(folder / "adapter_model.safetensors", outputs)
         settings = {
             "peft_type": "LORA",
@@ -308,7 +320,7 @@ def export_peft(
             "bias": "none",
             "fan_in_fan_out": False,
             # Full names: suffixes such as q_proj would match the language model too.
-            "target_modules": sorted(modules, key=_natural),
+            "target_modules": sorted(modules, key=_natural) or _NO_TARGET,
             "modules_to_save": ["multi_modal_projector"] if "projector" in train_full else None,
         }
         write_text(folder / "adapter_config.json", json.dumps(settings, indent=2) + "\n")
@@ -353,22 +365,6 @@ def _runtime_modules(module: str, num_layers: int, runtime: str) -> list[str]:
         .replace("multi_modal_projector.", "model.multi_modal_projector.")
         for key in keys
     ]
-
-
-@contextmanager
-def _new_folder(directory: str | Path) -> Iterator[Path]:
-    """A temporary folder beside the target that takes its name if the body succeeds."""
-    directory = Path(directory)
-    if directory.exists():
-        raise UserError(f"{directory}: exists; nothing is overwritten, name a new folder")
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        partial.rename(directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _natural(name: str) -> list:

@@ -9,6 +9,7 @@ from mmrstraj_jax.weights.safetensors_io import Entry, read_header, refuse_pickl
 
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz"}
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+MERGE_PEFT = "merge it with peft (merge_and_unload, save_pretrained) and name the merged folder"
 
 
 def read_json(path: Path) -> dict:
@@ -42,7 +43,7 @@ def list_tensors(path: Path) -> dict[str, Entry]:
     Raises:
         UserError: no weights, pickles only, ambiguous files, or an index that disagrees with its files.
     """
-    if path.suffix in _PICKLES and path.exists():
+    if path.suffix in _PICKLES and path.is_file():
         raise refuse_pickle(path)
     if path.name.endswith(".index.json"):
         return _read_index(path)
@@ -65,8 +66,14 @@ def list_tensors(path: Path) -> dict[str, Entry]:
         raise UserError(
             f"{path}: {len(files)} .safetensors files ({names}, ...) without {_INDEX}; download the index"
         )
-    if pickles := sorted(file for file in path.iterdir() if file.suffix in _PICKLES):
-        raise refuse_pickle(pickles[0])
+    if (path / "snapshots").is_dir():
+        raise UserError(
+            f"{path}: is a repository of the hub's cache; name a folder below {path / 'snapshots'}"
+        )
+    # First what transformers calls its weights: optimizer.pt may lie beside them.
+    pickles = [file for file in path.iterdir() if file.suffix in _PICKLES]
+    if pickles:
+        raise refuse_pickle(min(pickles, key=lambda file: (not file.name.startswith("pytorch_model"), file)))
     raise UserError(f"{path}: no .safetensors file; expected {_SINGLE} or {_INDEX}")
 
 

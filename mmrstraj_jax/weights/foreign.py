@@ -11,7 +11,7 @@ from mmrstraj_jax.config import AnyResConfig, ModelConfig, TextConfig, VisionCon
 from mmrstraj_jax.data.tokenizer import Tokenizer
 from mmrstraj_jax.errors import UserError
 from mmrstraj_jax.weights import layouts
-from mmrstraj_jax.weights.files import list_tensors, optional_json
+from mmrstraj_jax.weights.files import MERGE_PEFT, list_tensors, optional_json
 from mmrstraj_jax.weights.hf_config import Described, describe, detect_layout, resolve_tied
 from mmrstraj_jax.weights.load import Source
 from mmrstraj_jax.weights.safetensors_io import Entry, Job, Reader
@@ -19,6 +19,7 @@ from mmrstraj_jax.weights.tokens import find_tokenizer
 
 _HEAD, _EMBEDDING = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
 _PROJECTOR = tuple(f"multi_modal_projector.linear_{n}.{p}" for n in (1, 2) for p in ("weight", "bias"))
+CAN_BE_FRESH = (*_PROJECTOR, "image_newline")
 _PADDED_ROWS = 64
 
 
@@ -33,6 +34,8 @@ def open_folder(folder: Path) -> Source:
         raise UserError(
             f"{folder}: a weight file alone does not say its sizes; name its folder, with config.json"
         )
+    if tensors and all(name.startswith("base_model.model.") for name in tensors):
+        raise UserError(f"{folder}: is a PEFT adapter, not a model; {MERGE_PEFT}")
     described = describe(folder)
     if described.layout not in ("llava-hf", "lmms-lab"):
         other = "qwen=DIR" if described.layout == "siglip" else "siglip=DIR"
@@ -55,9 +58,10 @@ def open_parts(text: str) -> Source:
     Raises:
         UserError: unknown or missing parts, or parts whose sizes do not fit.
     """
-    parts = dict(item.partition("=")[::2] for item in text.split(","))
-    if set(parts) != {"siglip", "qwen", "projector"}:
+    named = [item.strip().partition("=")[::2] for item in text.split(",")]
+    if sorted(name for name, _ in named) != ["projector", "qwen", "siglip"]:
         raise UserError(f"weights {text!r}; expected siglip=DIR,qwen=DIR,projector=DIR or projector=fresh")
+    parts = dict(named)
     hub: dict[str, Entry] = {}
     unused: dict[str, Entry] = {}
     ignored: tuple[str, ...] = ()
@@ -75,7 +79,7 @@ def open_parts(text: str) -> Source:
     vision, qwen = described["siglip"].vision, Path(parts["qwen"])
     anyres, fresh = AnyResConfig().for_views(vision.image_size, vision.patch_size), {}
     if parts["projector"] == "fresh":
-        fresh = _fresh_projector(vision, described["qwen"].text)
+        fresh = fresh_projector(vision, described["qwen"].text)
     else:
         folder = Path(parts["projector"])
         found = _projector(folder)
@@ -141,10 +145,11 @@ def _check_tied_head(folder: Path, hub: dict[str, Entry], layout: str) -> tuple[
         return (head.name,)  # load.check reports the missing embedding
     rows, same = head.shape[0], head.shape == embedding.shape and head.dtype == embedding.dtype
     tokenizer = find_tokenizer(folder)
-    if layout == "llava-hf" and tokenizer is not None:
+    if layout == "llava-hf":
         # Its conversion padded the vocabulary to a multiple of 64 and drew the new rows of both
         # matrices separately.
-        rows = max(len(Tokenizer.load(tokenizer)), rows - _PADDED_ROWS)
+        used = 0 if tokenizer is None else len(Tokenizer.load(tokenizer))
+        rows = max(used, rows - _PADDED_ROWS)
     with Reader() as reader:
         # A few megabytes at a time: two embeddings of a 7B model are 2 GB.
         step = max(1, 2**22 // (head.shape[-1] * head.dtype.itemsize))
@@ -170,7 +175,7 @@ def _projector(folder: Path) -> dict[str, Entry]:
     found: dict[str, Entry] = {}
     for name, entry in tensors.items():
         keys = {layouts.to_hub(name, layout) for layout in known if layout in ("llava-hf", "lmms-lab")}
-        for key in keys & {*_PROJECTOR, "image_newline"}:
+        for key in keys & set(CAN_BE_FRESH):
             found[key] = entry
     if not found:
         raise UserError(
@@ -179,7 +184,7 @@ def _projector(folder: Path) -> dict[str, Entry]:
     return found
 
 
-def _fresh_projector(vision: VisionConfig, text: TextConfig) -> dict[str, Shaped[np.ndarray, "*S"]]:
+def fresh_projector(vision: VisionConfig, text: TextConfig) -> dict[str, Shaped[np.ndarray, "*S"]]:
     """torch.nn.Linear's default initialisation; newline N(0, 1/H) as in llava_arch.py."""
     rng, hidden, out = np.random.default_rng(0), text.hidden_size, {}
     for number, num_in in ((1, vision.output_size), (2, hidden)):

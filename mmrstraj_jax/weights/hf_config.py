@@ -112,7 +112,7 @@ def describe(folder: Path) -> Described:
         tied = _tied(where, config, raw_text)
         image = config.get("image_token_index", config.get("image_token_id", 151646))
         video = config.get("video_token_index", config.get("video_token_id", 151647))
-        _check_preprocessor(folder, vision)
+        _check_preprocessors(folder, vision)
     elif layout == "lmms-lab":
         raw_text, tied, image, video = config, _tied(where, config), None, None
         _require(where, config, "mm_projector_type", "mlp2x_gelu")
@@ -200,6 +200,9 @@ def _text(raw: dict, where: Path) -> TextConfig:
     _require(where, raw, "hidden_act", "silu", default="silu")
     _require(where, raw, "use_sliding_window", False, default=False)
     _require(where, raw, "rope_scaling", None, default=None)
+    kinds = ["full_attention"] if raw.get("layer_types") is None else raw["layer_types"]
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        raise UserError(f"{where}: layer_types {kinds!r:.60} is not implemented; expected full_attention")
     rope = {} if raw.get("rope_parameters") is None else _object(where, raw, "rope_parameters", {})
     _require(where, rope, "rope_type", "default", default="default")
     sizes = _sizes(raw, _TEXT_DEFAULTS, where)
@@ -286,9 +289,14 @@ def _named_tower(name: object, folder: Path) -> dict:
     )
 
 
-def _check_preprocessor(folder: Path, vision: VisionConfig) -> None:
-    path = folder / "preprocessor_config.json"
-    settings = optional_json(path)
+def _check_preprocessors(folder: Path, vision: VisionConfig) -> None:
+    old, new = folder / "preprocessor_config.json", folder / "processor_config.json"
+    _check_preprocessor(old, optional_json(old), vision)
+    # transformers 5 writes the image processor into the other file
+    _check_preprocessor(new, _object(new, optional_json(new), "image_processor", {}), vision)
+
+
+def _check_preprocessor(path: Path, settings: dict, vision: VisionConfig) -> None:
     for key in ("image_mean", "image_std"):
         if settings and settings.get(key) != [0.5, 0.5, 0.5]:
             raise UserError(

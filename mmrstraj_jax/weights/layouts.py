@@ -1,7 +1,7 @@
 """One table: names of every public layout <-> paths of our parameter tree.
 
 Every key is first normalised to the "hub" layout (llava-hf files, transformers 4.4x names), then looked up.
-Sources: shared spec section 7; transformers conversion_mapping.py; the checkpoints' own index files.
+Sources: transformers conversion_mapping.py; the checkpoints' own index files.
 """
 
 import re
@@ -68,6 +68,7 @@ _TOWER_LAYER = re.compile(
     r"(layer_norm[12]|self_attn\.(q|k|v|out)_proj|mlp\.fc[12])\.(weight|bias)"
 )
 _SIGLIP_TEXT = re.compile(r"text_model\.|logit_(scale|bias)$")
+_POSITIONS = _VISION + "embeddings.position_ids"  # 0, 1, 2, ...: a buffer that older files hold
 
 
 def hub_keys(path: str, num_layers: int | None) -> list[str]:
@@ -117,6 +118,7 @@ def is_unused(key: str, layout: str, num_layers_run: int, num_file_layers: int) 
     return (
         hub in POST_LAYERNORM
         or hub in _POOLING_HEAD
+        or hub == _POSITIONS
         or (layer is not None and num_layers_run <= int(layer[1]) < num_file_layers)
     )
 

@@ -17,7 +17,7 @@ from mmrstraj_jax.errors import UserError
 from mmrstraj_jax.models.mmrstraj import MMRSTraj, init_model
 from mmrstraj_jax.weights import layouts
 from mmrstraj_jax.weights.progress import Progress
-from mmrstraj_jax.weights.safetensors_io import Entry, Job, Reader, empty
+from mmrstraj_jax.weights.safetensors_io import DTYPES, Entry, Job, Reader, empty
 
 # path of a leaf, its shape -> where it goes; one sharding for all is fine too
 Sharding = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
@@ -176,7 +176,9 @@ def _check_plausible(source: Source) -> Source:
 
 def source_dtype(source: Source) -> np.dtype:
     """The dtype of the embedding in the file, taken for the whole."""
-    return next(entry.dtype for name, entry in source.tensors.items() if name.endswith("embed_tokens.weight"))
+    found = [entry.dtype for name, entry in source.tensors.items() if name.endswith("embed_tokens.weight")]
+    floats = [dtype for dtype in found if dtype in DTYPES.values()]
+    return next(iter(floats), DTYPES["F32"])  # `check` names one that is missing, or holds integers
 
 
 def leaf_shapes(state: nnx.State) -> dict[str, tuple[int, ...]]:
@@ -209,9 +211,13 @@ def check(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> None:
     for key in wanted.keys() & source.tensors.keys():
         if source.tensors[key].shape != wanted[key]:
             wrong.setdefault((source.tensors[key].shape, wanted[key]), []).append(source.tensors[key].name)
+    entries = (source.tensors[key] for key in wanted.keys() & source.tensors.keys())
+    integers = [entry.name for entry in entries if np.issubdtype(entry.dtype, np.integer)]
     problems = []
     if missing:
         problems.append(f"missing {layouts.fold(missing)}")
+    if integers:
+        problems.append(f"{layouts.fold(integers)} holds integers, expected {', '.join(DTYPES)}")
     if extra:
         problems.append(f"extra {layouts.fold(source.tensors[key].name for key in extra)}")
     for (found, expected), names in sorted(wrong.items()):

@@ -1,7 +1,8 @@
 """Our own formats: a whole model with stacked layers, and an adapter (everything that was trained).
 
 Model folder: config.json {"format": "mmrstraj_jax", "version": 1, "model", "anyres", "dtype"},
-model.safetensors (or shards with an index) whose names are tree paths, tokenizer files.
+model.safetensors (or shards with an index) whose names are tree paths, tokenizer files. "fresh" in
+config.json names leaves that nothing has trained; the file does not hold them.
 Adapter folder: adapter.json and adapter.safetensors in float32.
 """
 
@@ -22,7 +23,8 @@ from mmrstraj_jax.errors import UserError
 from mmrstraj_jax.models.lora import Trainable, add_lora, train_in_full
 from mmrstraj_jax.models.mmrstraj import MMRSTraj
 from mmrstraj_jax.weights import layouts
-from mmrstraj_jax.weights.files import list_tensors, optional_json, read_json
+from mmrstraj_jax.weights.files import MERGE_PEFT, list_tensors, optional_json, read_json
+from mmrstraj_jax.weights.foreign import CAN_BE_FRESH, fresh_projector
 from mmrstraj_jax.weights.load import Source, path_name
 from mmrstraj_jax.weights.safetensors_io import DTYPES, Output, Reader, write_file, write_sharded, write_text
 from mmrstraj_jax.weights.tokens import copy_tokenizer, find_tokenizer
@@ -51,6 +53,7 @@ def save(
     dtype: jnp.dtype = jnp.bfloat16,
     tokenizer_dir: Path | None = None,
     unused: Mapping[str, Shaped[np.ndarray, "*S"]] | None = None,
+    fresh: tuple[str, ...] = (),
 ) -> Path:
     """Writes a model folder.
 
@@ -60,6 +63,7 @@ def save(
         dtype: of every tensor in the file: bfloat16, float16 or float32.
         tokenizer_dir: copied, slot tokens added.
         unused: LoadedModel.unused, kept so that an export is bit-identical.
+        fresh: LoadedModel.fresh; named and not written, so that they are fresh to whoever opens the folder.
     Raises:
         UserError: the folder is not empty.
     """
@@ -70,6 +74,7 @@ def save(
     outputs = [
         Output(path, dtype, array.shape, lambda array=array: np.asarray(array).astype(dtype, copy=False))
         for path, array in arrays.items()
+        if path not in fresh
     ]
     for key, array in (unused or {}).items():
         outputs.append(Output(_UNUSED + key, array.dtype, array.shape, lambda array=array: array))
@@ -82,7 +87,7 @@ def save(
         "dtype": dtype.name,
         "model": settings.to_dict(config),
         "anyres": settings.to_dict(anyres),
-    }
+    } | ({"fresh": list(fresh)} if fresh else {})
     # Last: a folder with a config.json is complete.
     write_text(directory / "config.json", json.dumps(description, indent=2) + "\n")
     return directory
@@ -120,7 +125,12 @@ def open_native(folder: Path) -> Source:
     if extra := unused.keys() - set(layouts.POST_LAYERNORM):
         raise UserError(f"{folder}: extra {layouts.fold(extra)} among the unused tensors; convert it again")
     used = {name: entry for name, entry in tensors.items() if not name.startswith(_UNUSED)}
-    return Source(str(folder), "native", config, anyres, find_tokenizer(folder), used, unused)
+    names = raw.get("fresh", [])
+    if not isinstance(names, list) or not all(name in CAN_BE_FRESH for name in names):
+        raise UserError(f"{where}: fresh {names!r:.60}; expected leaves of the projector, or the newline")
+    initial = fresh_projector(config.vision, config.text) if names else {}
+    fresh = {name: initial[name] for name in names}
+    return Source(str(folder), "native", config, anyres, find_tokenizer(folder), used, unused, fresh=fresh)
 
 
 @dataclass(frozen=True)
@@ -175,7 +185,13 @@ def read_adapter(directory: str | Path) -> Adapter:
     Raises:
         UserError: not an adapter folder of this version.
     """
-    where = Path(directory) / "adapter.json"
+    directory = Path(directory)
+    where = directory / "adapter.json"
+    if not where.is_file():
+        found = "no adapter.json; expected a folder of native.save_adapter"
+        if (directory / "adapter_config.json").is_file():
+            found = f"is a PEFT adapter; {MERGE_PEFT}"
+        raise UserError(f"{directory}: {found}")
     raw = read_json(where)
     if raw.get("format") != FORMAT + "-adapter" or raw.get("version") != VERSION:
         raise UserError(

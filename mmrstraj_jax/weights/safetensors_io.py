@@ -6,14 +6,18 @@ into a preallocated slice, no bf16 -> fp32 on the way) and its writer wants ever
 the package.
 """
 
+import contextlib
+import errno
 import functools
 import hashlib
 import json
 import math
 import mmap
 import os
+import re
+import shutil
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +29,15 @@ from jaxtyping import Shaped, UInt16
 
 from mmrstraj_jax.errors import UserError
 
-# The float formats of the public checkpoints, plus the integers that shape-only headers may hold.
+# The float formats of the public checkpoints.
 DTYPES: dict[str, np.dtype] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
     "F32": np.dtype(np.float32),
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Of buffers that older files hold beside their weights (position_ids); no parameter is read from one.
+_READABLE = DTYPES | {"I64": np.dtype(np.int64), "I32": np.dtype(np.int32)}
 # 7B models have headers of about 100 kB; the format's own cap of 100 MB lets a 1 kB-per-key bomb take
 # gigabytes.
 MAX_HEADER_BYTES = 16 * 2**20
@@ -101,11 +107,11 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     for name, info in header.items():
         if not isinstance(info, dict) or set(info) != {"dtype", "shape", "data_offsets"}:
             raise bad(f"tensor {name!r} needs exactly dtype, shape and data_offsets")
-        if not isinstance(info["dtype"], str) or info["dtype"] not in DTYPES:
+        if not isinstance(info["dtype"], str) or info["dtype"] not in _READABLE:
             raise bad(
                 f"tensor {name!r} has dtype {str(info['dtype'])[:20]!r}, supported are {', '.join(DTYPES)}"
             )
-        dtype, shape, offsets = DTYPES[info["dtype"]], info["shape"], info["data_offsets"]
+        dtype, shape, offsets = _READABLE[info["dtype"]], info["shape"], info["data_offsets"]
         if not _is_counts(shape) or not _is_counts(offsets) or len(offsets) != 2:
             raise bad(f"tensor {name!r} has shape {str(shape)[:60]} and data_offsets {str(offsets)[:60]}")
         begin, end = offsets
@@ -151,11 +157,12 @@ def _is_counts(value: object) -> bool:
 
 def refuse_pickle(path: Path) -> UserError:
     """The error for .bin, .pt, .pth, .npy and their like: loading them can run code."""
+    shards = re.sub(r"-\d{5}-of-\d{5}", "-*", path.name)
     return UserError(
-        f"{path}: pickle weights can run code and are not read; convert them once, where you trust them: "
-        'python -c "import torch, safetensors.torch as s; s.save_file({k: v.contiguous().clone() '
-        f"for k, v in torch.load('{path.name}', weights_only=True).items()}}, 'model.safetensors', "
-        f"metadata={{'format': 'pt'}})\""
+        f"{path}: pickle weights can run code and are not read; convert them once, where you trust them, in "
+        'their folder: python -c "import glob, torch, safetensors.torch as s; s.save_file({k: '
+        f"v.contiguous().clone() for f in sorted(glob.glob('{shards}')) for k, v in "
+        "torch.load(f, weights_only=True).items()}, 'model.safetensors', metadata={'format': 'pt'})\""
     )
 
 
@@ -260,7 +267,8 @@ def empty(shape: tuple[int, ...], dtype: np.dtype) -> Shaped[np.ndarray, "*S"]:
         return np.empty(shape, dtype)
     pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        pages.madvise(mmap.MADV_HUGEPAGE)
+        with contextlib.suppress(OSError):  # a hint that kernels without huge pages refuse
+            pages.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(pages, dtype).reshape(shape)
 
 
@@ -388,6 +396,37 @@ def write_sharded(
     total = sum(tensor.num_bytes for shard in shards for tensor in shard)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     write_text(directory / f"{stem}.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+
+
+# Of a disk that is full or fails: `write` reports these without the file's name.
+_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOTEMPTY}
+
+
+@contextlib.contextmanager
+def whole_folder(directory: str | Path) -> Iterator[Path]:
+    """A temporary folder beside the target that takes its name if the body succeeds.
+
+    Raises:
+        UserError: the target exists, or the disk is full or fails; nothing of it is left then.
+    """
+    directory = Path(directory)
+    if os.path.lexists(directory):
+        raise UserError(f"{directory}: exists; nothing is overwritten, name a new folder")
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(directory)
+    except OSError as error:
+        if error.errno not in _OF_THE_DISK:
+            raise
+        raise UserError(
+            f"{directory}: cannot be written ({error.strerror}), and nothing of it is left; free some space, "
+            "or name a folder elsewhere"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,5 +1,5 @@
-"""The JSON and text files of an exported checkpoint (contents: shared spec hf_export.md; class defaults of
-transformers' LlavaOnevision classes are not what SigLIP and Qwen2.5 need, so everything is explicit)."""
+"""The JSON and text files of an exported checkpoint. Class defaults of transformers' LlavaOnevision classes
+are not what SigLIP and Qwen2.5 need, so everything is explicit."""
 
 import json
 import shutil
@@ -14,7 +14,8 @@ from mmrstraj_jax.weights.safetensors_io import write_text
 from mmrstraj_jax.weights.tokens import copy_tokenizer
 
 # chat.prompt and chat.encode as a template: the training layout, a default system turn, slots before the
-# text, also a single one in the middle of a string (chat.clean_up).
+# text, also a single one in the middle of a string (chat.clean_up). The loops over the content's parts tell
+# vLLM that it takes parts; to other templates it gives one string, with a newline after each slot.
 CHAT_TEMPLATE = (
     "{%- if messages[0]['role'] != 'system' -%}"
     "{{- '<|im_start|>system\\n" + SYSTEM_MESSAGE + "<|im_end|>\\n' -}}"
@@ -23,22 +24,22 @@ CHAT_TEMPLATE = (
     "{{- '<|im_start|>' + message['role'] + '\\n' -}}"
     "{%- if message['content'] is string -%}"
     "{%- set text = message['content'] -%}"
-    "{%- set slots = '' -%}"
     "{%- set slot = '<image>' if '<image>' in text else '<video>' -%}"
     "{%- if message['role'] == 'user' and text.count('<image>') + text.count('<video>') == 1 "
     "and not text.startswith(slot) -%}"
     "{%- set text = (slot + '\\n' + text.replace(slot, '').strip()).strip() -%}"
     "{%- endif -%}"
     "{%- else -%}"
-    "{%- set images = message['content'] | selectattr('type', 'equalto', 'image') | list | length -%}"
-    "{%- set videos = message['content'] | selectattr('type', 'equalto', 'video') | list | length -%}"
-    "{%- set slots = '<image>' * images + '<video>' * videos -%}"
     "{%- set texts = message['content'] | selectattr('type', 'equalto', 'text') "
     "| map(attribute='text') | list -%}"
     "{%- set text = texts | join('\\n') -%}"
-    "{%- if slots and text -%}{%- set slots = slots + '\\n' -%}{%- endif -%}"
+    "{%- for _ in message['content'] | selectattr('type', 'equalto', 'image') -%}"
+    "{{- '<image>' -}}{%- endfor -%}"
+    "{%- for _ in message['content'] | selectattr('type', 'equalto', 'video') -%}"
+    "{{- '<video>' -}}{%- endfor -%}"
+    "{%- if text and message['content'] | selectattr('type', 'in', ['image', 'video']) | list -%}"
+    "{{- '\\n' -}}{%- endif -%}"
     "{%- endif -%}"
-    "{{- slots -}}"
     "{%- if message['role'] == 'assistant' -%}"
     "{%- generation -%}{{- text + '<|im_end|>' -}}{%- endgeneration -%}"
     "{%- else -%}{{- text + '<|im_end|>' -}}{%- endif -%}"
@@ -177,9 +178,16 @@ def write_serving_files(
         "model_max_length": config.text.max_position_embeddings,
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
+        # The class's default has token_type_ids too, which `generate` of transformers 4.57 refuses
+        "model_input_names": ["input_ids", "attention_mask"],
         "added_tokens_decoder": {},
     } | settings
     settings |= {"chat_template": CHAT_TEMPLATE, "processor_class": "LlavaOnevisionProcessor"}
+    # As transformers 4.57 and vLLM know them, and 5 too: 5 writes a class and a list of its own.
+    if settings["tokenizer_class"] == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings.setdefault("additional_special_tokens", settings.pop("extra_special_tokens"))
     added = read_json(directory / "tokenizer.json").get("added_tokens", [])
     for token in added:
         flags = {name: value for name, value in token.items() if name != "id"}
@@ -229,6 +237,8 @@ def model_card(title: str, trained: AnyResConfig, served: AnyResConfig, notes: l
         "Exported by mmrstraj-jax (MM-RSTraj: LLaVA-OneVision with SigLIP and Qwen2.5) for "
         "transformers and vLLM.",
         f'Prompts are ChatML with the system line "{SYSTEM_MESSAGE}".',
+        "Decode greedily: transformers does (generation_config.json), vLLM samples unless a request has "
+        "`temperature` 0.",
         "",
     ]
     for note in notes:
