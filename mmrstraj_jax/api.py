@@ -4,6 +4,7 @@ model = mmrstraj_jax.load("runs/stage2")
 model.generate([{"role": "user", "content": "<image>\\nIs there a bridge?"}], images=["tile.png"])
 """
 
+import dataclasses
 import functools
 import numbers
 import os
@@ -31,6 +32,8 @@ from mmrstraj_jax.inference.options import DecodeOptions
 from mmrstraj_jax.inference.prompts import ImageLike, Request, VideoLike
 from mmrstraj_jax.models.mmrstraj import Inputs, MMRSTraj
 from mmrstraj_jax.models.token_reduction import visual_pool
+
+DTYPES = ("float32", "bfloat16", "float16", "source")
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
@@ -245,40 +248,52 @@ def load(
     dtype: Any = None,
     anyres: AnyResConfig | str | None = None,
     batch_size: int = 8,
+    image_policy: ImagePolicy | None = None,
 ) -> Model:
     """Loads a run directory, or weights in any supported layout (weights.load.load_model).
 
     Args:
         path: run directory of training (its newest good checkpoint), our format, HF or lmms-lab folder.
-        dtype: of the weights; default bfloat16 on an accelerator, float32 on a CPU; "source": the file's.
-        anyres: policy; default the run's or the checkpoint's own. "tau" and "anyres_max_9" are scaled to the
-            view size of the tower; an AnyResConfig is taken as it is.
+        dtype: of the weights, one of DTYPES; default bfloat16 on an accelerator, float32 on a CPU; "source"
+            is the file's (float16, as llava-hf's are, runs on accelerators only).
+        anyres: policy; default the run's or the checkpoint's own. A name ("tau", "anyres_max_9") replaces
+            only that of it: grid, rounding and tau stay; an AnyResConfig is taken as it is.
         batch_size: most conversations that `generate` runs at a time.
+        image_policy: how image files become pixels (EXIF, 16 bits); default the run's own.
     Raises:
-        UserError: no such path, not a model, or what `weights.load.load_model` finds.
+        UserError: no such path, not a model, another dtype, a projector that was never trained, or what
+            `weights.load.load_model` finds.
     """
+    on_cpu = jax.default_backend() == "cpu"
     if dtype is None:
-        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+        dtype = jnp.float32 if on_cpu else jnp.bfloat16
+    name = dtype if isinstance(dtype, str) else getattr(dtype, "__name__", str(dtype))
+    if name not in DTYPES:
+        raise UserError(f"dtype {name!r}: expected one of {', '.join(DTYPES)}")
     if not isinstance(path, str | os.PathLike):
         raise UserError(f"load: expected a path, found {type(path).__name__}")
-    path, image_policy = Path(path), image_files.DEFAULT
+    path, own_images = Path(path), image_files.DEFAULT
     # Imported here: whoever builds a Model from arrays needs neither checkpoints nor weight files.
     if (path / "base.json").is_file():
         from mmrstraj_jax.training.run import open_run
 
         loaded = open_run(path, dtype=dtype)
-        image_policy = loaded.run_config.images
+        own_images = loaded.run_config.images
     else:
         from mmrstraj_jax.weights.load import load_model
 
         loaded = load_model(path, dtype=dtype)
-    policy, vision = loaded.anyres, loaded.config.vision
+        if any(leaf.startswith("multi_modal_projector.") for leaf in loaded.fresh):
+            raise UserError(f"{path}: the projector is fresh, its weights are random; run stage 0 first")
+    if on_cpu and loaded.model.language_model.dtype == jnp.float16:
+        raise UserError(f"{path}: float16 does not run on a CPU; choose dtype float32 or bfloat16")
+    policy = loaded.anyres
     if isinstance(anyres, str):
-        policy = AnyResConfig(policy=anyres).for_views(vision.image_size, vision.patch_size)
+        policy = dataclasses.replace(policy, policy=anyres)
     elif anyres is not None:
         policy = anyres
     tokenizer = None if loaded.tokenizer_dir is None else Tokenizer.load(loaded.tokenizer_dir)
-    how = {"batch_size": batch_size, "image_policy": image_policy}
+    how = {"batch_size": batch_size, "image_policy": image_policy or own_images}
     return Model(loaded.model, loaded.config, policy, tokenizer, **how)
 
 
@@ -327,7 +342,7 @@ def _samples(prompt: Any, pictures: Any, clips: Any, many: bool) -> list[tuple[A
 def _with_slots(messages: Sequence[Mapping], slots: int) -> list[Mapping]:
     """The messages with `slots` image slots in front of the first user text."""
     out = [dict(message) for message in messages]
-    first = next(message for message in out if message.get("role") == "user")
+    first = next(message for message in out if chat.normalise_role(message.get("role")) == "user")
     text = first["content"]
     parts = [{"type": "text", "text": text}] if isinstance(text, str) else list(text)
     first["content"] = [{"type": "image"}] * slots + parts

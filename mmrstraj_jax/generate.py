@@ -15,6 +15,7 @@ import json
 import sys
 from pathlib import Path
 
+from mmrstraj_jax.config import AnyResConfig
 from mmrstraj_jax.construction import trip_image
 from mmrstraj_jax.construction.files import dump
 from mmrstraj_jax.construction.trip_image import TripImage
@@ -74,6 +75,8 @@ def _arguments(args: list[str]) -> argparse.Namespace:
         raise UserError("expected one of --run DIR and --weights DIR")
     modes = [options.folder is not None, options.held_out is not None]
     modes += [bool(options.image or options.video), options.trajectory is not None]
+    if options.image and options.video:
+        raise UserError("--image and --video: expected one of the two")
     if sum(modes) > 1 or (options.chat and any(modes[:2])):
         raise UserError(
             "--image or --video, --folder, --held-out, --trajectory: expected one of these, "
@@ -83,8 +86,13 @@ def _arguments(args: list[str]) -> argparse.Namespace:
         raise UserError("--folder DIR and --out FILE belong together, as do --trajectory FILE and --out DIR")
     if options.prompt is None and not options.chat and options.held_out is None:
         raise UserError('--prompt "...": what should the model answer?')
-    if options.held_out is not None and options.held_out < 1:
-        raise UserError(f"--held-out {options.held_out}: expected 1 or more")
+    if options.held_out is not None and options.prompt is not None:
+        raise UserError("--prompt: --held-out asks the sample's own questions; drop one of the two")
+    for name in ("held_out", "batch_size"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: expected 1 or more")
+    if options.anyres is not None:
+        AnyResConfig(policy=options.anyres)
     if options.run is not None and not (Path(options.run) / "base.json").is_file():
         raise UserError(
             f"--run {options.run} is no run directory (it lacks base.json); weights go to --weights"
@@ -98,7 +106,11 @@ def _files(folder: str, option: str) -> list[Path]:
     """Image files of a folder by name. Raises UserError where there is none."""
     if not Path(folder).is_dir():
         raise UserError(f"{option} {folder}: no such folder")
-    files = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    files = sorted(
+        path
+        for path in Path(folder).iterdir()
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+    )
     if not files:
         raise UserError(f"{option} {folder}: no image in it ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return files
@@ -161,13 +173,26 @@ def _write_answer(path: Path, messages: list[dict], decode: dict) -> None:
     path.with_suffix(".answer.json").write_bytes(dump({"image": path.name, "turns": turns, "decode": decode}))
 
 
-def _ask_folder(model, options: argparse.Namespace, decode: DecodeOptions) -> None:
-    """One row of the Predictions contract per image, in the order in which answers finish."""
-    files, out = _files(options.folder, "--folder"), Path(options.out)
+def _check_files(options: argparse.Namespace) -> None:
+    """Raises UserError for files and folders that cannot serve: the weights may take minutes to load."""
+    for path in options.image:
+        if not Path(path).is_file():
+            raise UserError(f"--image {path}: no such file")
+    if options.video is not None:
+        _files(options.video, "--video")
+    if options.folder is None:
+        return
+    _files(options.folder, "--folder")
+    out = Path(options.out)
     if out.exists():
         raise UserError(f"--out {out}: exists already; remove it or name another file")
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: no such folder as {out.parent}")
+
+
+def _ask_folder(model, options: argparse.Namespace, decode: DecodeOptions) -> None:
+    """One row of the Predictions contract per image, in the order in which answers finish."""
+    files, out = _files(options.folder, "--folder"), Path(options.out)
     question = [{"role": "user", "content": [{"type": "text", "text": options.prompt}]}]
     requests = [model.request(question, [path], name=str(path)) for path in files]
     answers = model.engine.complete(requests, decode)
@@ -230,9 +255,7 @@ def main(args: list[str]) -> int:
     """The command. Raises UserError for whatever the user can put right."""
     options = _arguments(args)
     decode = DecodeOptions(**{f.name: getattr(options, f.name) for f in dataclasses.fields(DecodeOptions)})
-    for path in options.image:
-        if not Path(path).is_file():
-            raise UserError(f"--image {path}: no such file")
+    _check_files(options)
     # before the weights: a wrong trip or provider must not wait for them
     if options.trajectory is not None:
         options.image = [str(_trip_image(options))]

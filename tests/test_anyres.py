@@ -202,3 +202,11 @@ def test_rows_choose_their_layout():
     assert [p.kind for p in anyres.plan_row([(10, 10)], 0, TAU)] == ["anyres"]
     assert [p.num_views for p in anyres.plan_row([], 8, TAU)] == [8]
     assert anyres.plan_row([], 0, TAU) == []
+
+
+def test_an_image_whose_square_would_fill_the_memory_is_refused():
+    """60,000 x 10 pixels are small, 60,000 x 60,000 are 14 GB; alone the image is cropped, not squared."""
+    with pytest.raises(UserError, match="60000x10: one of several is padded to a square"):
+        anyres.plan_row([(10, 10), (60_000, 10)], 0, TAU)
+    assert len(anyres.plan_row([(10, 10), (20_000, 10)], 0, TAU)) == 2
+    assert anyres.plan_row([(60_000, 10)], 0, TAU)[0].kind == "anyres"

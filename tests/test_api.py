@@ -1,5 +1,6 @@
 """The Python API on a tiny checkpoint; against Hugging Face where torch is installed."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import weights_case
@@ -47,8 +48,37 @@ def test_load_takes_policy_and_ids_from_the_folder(model, folder):
     assert model.config.eos_token_ids == model.tokenizer.eos_ids
 
 
-def test_anyres_may_be_overridden(folder):
+def test_dtypes_that_cannot_run_are_refused(folder, tmp_path):
+    for dtype in ("bf17", "int8", np.int8, np.float64):
+        with pytest.raises(UserError, match="dtype '.*': expected one of float32, bfloat16, float16, source"):
+            mmrstraj_jax.load(folder, dtype=dtype)
+    for dtype in (np.float32, np.dtype("float32"), jnp.float32, "bfloat16", jnp.bfloat16):
+        mmrstraj_jax.load(folder, dtype=dtype)
+    half = {name: value.astype(np.float16) for name, value in weights_case.tensors().items()}
+    weights_case.write_layout(tmp_path, "hub", half)  # as llava-hf's are
+    for dtype in ("source", "float16"):
+        with pytest.raises(UserError, match="float16 does not run on a CPU"):
+            mmrstraj_jax.load(tmp_path, dtype=dtype)
+
+
+def test_a_projector_that_was_never_trained_is_refused(tmp_path):
+    tensors = weights_case.tensors(tower_layers=4)
+    tower = {f"vision_model.{key[6:]}": v for key, v in tensors.items() if key.startswith("tower|")}
+    text = {f"model.{key[5:]}": v for key, v in tensors.items() if key.startswith("text|")}
+    siglip = {"model_type": "siglip", "vision_config": weights_case.vision_json(4)}
+    weights_case.write(tmp_path / "siglip", siglip, tower, with_tokenizer=False)
+    weights_case.write(tmp_path / "qwen", weights_case.text_json(), text)
+    with pytest.raises(UserError, match="the projector is fresh, its weights are random; run stage 0"):
+        mmrstraj_jax.load(f"siglip={tmp_path / 'siglip'},qwen={tmp_path / 'qwen'},projector=fresh")
+
+
+def test_anyres_may_be_overridden(folder, tmp_path):
     assert mmrstraj_jax.load(folder, anyres="tau").anyres == AnyResConfig().for_views(28, 14)
+    # a name replaces the name alone
+    config = weights_case.hf_json() | {"image_grid_pinpoints": [[28, 28], [28, 56], [56, 28]]}
+    weights_case.write(tmp_path, config, weights_case.named(weights_case.tensors(), "hub"))
+    few = mmrstraj_jax.load(tmp_path, anyres="anyres_max_4").anyres
+    assert few.grid_pinpoints == ((28, 28), (28, 56), (56, 28)) and few.policy == "anyres_max_4"
     own = AnyResConfig("tau", tau=9.0).for_views(28, 14)
     assert mmrstraj_jax.load(folder, anyres=own).anyres == own
     with pytest.raises(UserError, match="views of 384 px.*the tower reads 28 px"):
@@ -76,6 +106,8 @@ def test_slots_may_be_written_or_left_out(model):
     assert model.generate("What changed?", images=pictures, max_new_tokens=4) == by_hand
     assert model.generate(ask(parts), images=pictures, max_new_tokens=4) == by_hand
     assert model.generate(ask(parts[2:]), images=pictures, max_new_tokens=4) == by_hand
+    human = [{"role": "human", "content": "What changed?"}]
+    assert model.generate(human, images=pictures, max_new_tokens=4) == by_hand
 
 
 def test_a_video_is_frames_or_an_array(model):
@@ -133,8 +165,12 @@ def test_a_run_is_asked_with_the_image_policy_it_was_trained_with(tmp_path, fold
         assert found == plain.generate("What is this?", [same], max_new_tokens=4)
         packed = plain.features(same)["packed"]
         np.testing.assert_array_equal(trained.features(tmp_path / name)["packed"], packed)
-    with pytest.raises(UserError, match="more than 8 bits"):
+    with pytest.raises(UserError, match="more than 8 bits.*in load"):
         plain.generate("What is this?", [tmp_path / "deep.png"])
+    told = mmrstraj_jax.load(folder, dtype="float32", image_policy=settings.images)
+    for name in ("turned.png", "deep.png"):
+        found = told.logits([3, IMAGE, 9], [tmp_path / name])
+        np.testing.assert_array_equal(found, trained.logits([3, IMAGE, 9], [tmp_path / name]))
 
 
 def test_ids_give_ids_and_their_logits(model):
@@ -192,6 +228,14 @@ def test_without_a_tokenizer_ids_still_work(tmp_path):
         (lambda m: m.generate("Q", [picture(9, 9)], videos=[[picture(9, 9)]]), "one kind of slot"),
         (lambda m: m.generate([{"role": "gpt", "content": "A"}]), "nothing to answer"),
         (lambda m: m.generate("Q", temperature=-1), "temperature -1"),
+        (lambda m: m.generate("Q", max_new_tokens=2.5), "max_new_tokens 2.5: expected a whole number"),
+        (lambda m: m.generate("Q", max_new_tokens=None), "max_new_tokens None: expected a whole number"),
+        (lambda m: m.generate("Q", temperature="1"), "temperature '1': expected a number"),
+        (lambda m: m.request("Q", max_new_tokens=0), "max_new_tokens 0: expected 1 or more"),
+        (lambda m: m.generate("Q", videos=["clip.mp4"]), "video given as 'clip.mp4': expected the list of"),
+        (lambda m: m.generate("Q", videos=[picture(9, 9)]), "video given as Image: expected the list of"),
+        (lambda m: m.generate("Q", videos=np.zeros((2, 4, 4, 3), np.uint8)), "video given as ndarray"),
+        (lambda m: m.generate([*ask("Q"), "A"]), "message 1: expected"),
         (lambda m: m.logits([1, IMAGE]), "1 image slots for 0 images"),
         (lambda m: m.logits("text"), "expected token ids"),
         (lambda m: m.logits([1, 5000]), "expected 0..319"),

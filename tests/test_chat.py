@@ -168,6 +168,8 @@ def test_prompt_with_history_and_own_system_message():
         [{"role": "system", "content": None}, {"role": "user", "content": "x"}],
         [{"role": "user", "content": 3}],
         [{"role": "user", "content": [{"type": "audio"}]}],
+        [{"role": "system", "content": [{"type": "image"}]}, {"role": "user", "content": "x"}],
+        [{"role": "user", "content": "x"}, "y"],
         [
             {"role": "user", "content": "x"},
             {"role": "system", "content": "y"},
@@ -178,6 +180,18 @@ def test_prompt_with_history_and_own_system_message():
 def test_impossible_prompts_are_refused(messages):
     with pytest.raises(UserError):
         chat.prompt(messages, TOKENIZER)
+
+
+def test_a_system_message_may_be_parts_and_counts_as_message_0():
+    system = {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
+    asked = {"role": "user", "content": "A?"}
+    plain = chat.prompt([{"role": "system", "content": "Be brief."}, asked], TOKENIZER)
+    np.testing.assert_array_equal(chat.prompt([system, asked], TOKENIZER), plain)
+    with pytest.raises(UserError, match="message 2: content is neither"):
+        chat.prompt(
+            [system, asked, {"role": "assistant", "content": 3}, asked],
+            TOKENIZER,
+        )
 
 
 # ---- the tokenizer
@@ -215,6 +229,9 @@ def test_tokenizers_that_cannot_serve_are_refused(tmp_path):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{broken")
     with pytest.raises(UserError, match="not a tokenizer definition"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes(b"\xff\xfe{\x00}\x00")
+    with pytest.raises(UserError, match="tokenizer.json: not UTF-8"):
         Tokenizer.load(tmp_path)
     bare = tokenizers.Tokenizer(tokenizers.models.BPE())
     with pytest.raises(UserError, match=r"<\|im_start\|>"):
@@ -272,6 +289,10 @@ def test_added_tokens_of_the_configuration_keep_their_ids(tmp_path):
     qwen2_files(tmp_path, {"added_tokens_decoder": gap})
     with pytest.raises(UserError, match="gap"):
         Tokenizer.load(tmp_path)
+    for settings_ in ("{broken", "[]", '{"added_tokens_decoder": {"x": {}}}'):
+        (tmp_path / "tokenizer_config.json").write_text(settings_)
+        with pytest.raises(UserError, match="tokenizer_config.json: not a tokenizer's settings"):
+            Tokenizer.load(tmp_path)
 
 
 def test_stream_never_breaks_a_character():

@@ -116,6 +116,25 @@ def test_a_folder_becomes_predictions(command, model, folder, tmp_path):
         assert row["prediction"] == model.generate("Describe it.", [row["image"]], max_new_tokens=6)
 
 
+def test_hidden_files_of_a_folder_are_no_images(command, folder, tmp_path):
+    """macOS puts a ._ file beside each one on foreign disks."""
+    (tmp_path / "images" / "scene.tif").mkdir(parents=True)
+    (tmp_path / "images" / "._0.png").write_bytes(b"Mac OS X")
+    (tmp_path / "images" / "0.png").write_bytes((folder / "images" / "0.png").read_bytes())
+    command("--folder", tmp_path / "images", "--prompt", "Q", "--out", tmp_path / "out.jsonl", *SHORT)
+    assert [json.loads(line)["id"] for line in (tmp_path / "out.jsonl").open()] == ["0.png"]
+
+
+def test_answers_that_could_not_be_written_are_not_asked_for(folder, tmp_path):
+    (tmp_path / "old.jsonl").touch()
+    for out, message in (("old.jsonl", "exists already"), ("no/out.jsonl", "no such folder as")):
+        with pytest.raises(UserError, match=message):  # and not that there are no such weights
+            generate.main(
+                ["--weights", "w", "--folder", str(folder / "images"), "--prompt", "Q"]
+                + ["--out", str(tmp_path / out)]
+            )
+
+
 def test_nothing_is_written_when_an_image_is_broken(command, folder, tmp_path):
     out = tmp_path / "answers.jsonl"
     with pytest.raises(UserError, match=r"b\.png: damaged or truncated image"):
@@ -147,10 +166,17 @@ def test_held_out_images_with_their_truth(command, tmp_path, monkeypatch):
         (["--weights", "w", "--prompt", "Q", "--folder", "f"], "belong together"),
         (["--weights", "w", "--held-out", "1", "--chat"], "expected one of these"),
         (["--weights", "w", "--held-out", "0"], "--held-out 0"),
+        (["--weights", "w", "--held-out", "1", "--prompt", "Q"], "--prompt: --held-out asks"),
+        (["--weights", "w", "--prompt", "Q", "--image", "a", "--video", "b"], "--image and --video"),
+        (["--weights", "w", "--prompt", "Q", "--anyres", "anyres"], "anyres.policy 'anyres'"),
+        (["--weights", "w", "--prompt", "Q", "--batch-size", "0"], "--batch-size 0"),
         (["--weights", "w", "--prompt", "Q", "--temprature", "1"], "--temprature"),
         (["--weights", "w", "--prompt", "Q", "--max-new-tokens", "x"], "--max-new-tokens"),
         (["--weights", "w", "--prompt", "Q", "--top-p", "2"], "top_p 2.0"),
         (["--weights", "no-weights", "--prompt", "Q"], "no-weights"),
+        # before weights are looked for
+        (["--weights", "w", "--prompt", "Q", "--folder", "f", "--out", "o"], "--folder f: no such folder"),
+        (["--weights", "w", "--prompt", "Q", "--video", "v"], "--video v: no such folder"),
     ],
 )
 def test_wrong_words_are_named(args, message):

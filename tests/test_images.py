@@ -4,13 +4,15 @@ import hashlib
 import io
 import json
 import pathlib
+import struct
+import types
 import warnings
 
 import data_case
 import numpy as np
 import pytest
 from image_zoo import deep_png, png, tiff
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from mmrstraj_jax.config import AnyResConfig
 from mmrstraj_jax.data import anyres, images
@@ -130,6 +132,23 @@ def test_sixteen_bits_are_refused_or_stretched(tmp_path):
         images.load(Image.fromarray(values))
 
 
+def test_what_was_not_measured_does_not_spoil_the_stretch(tmp_path):
+    """A thermal scene of 280 to 310 K with a tenth that no orbit saw."""
+    values = np.linspace(280, 310, 1000, dtype=np.float32).reshape(20, 50)
+    whole = np.asarray(images.load(Image.fromarray(values), ImagePolicy(deep="stretch")))
+    for number, (hole, nodata) in enumerate([(np.nan, None), (-np.inf, None), (-9999, "-9999"), (0, "0")]):
+        holed = np.pad(values, ((2, 0), (0, 0)), constant_values=hole)
+        tags = TiffImagePlugin.ImageFileDirectory_v2()
+        if nodata:
+            tags[42113] = nodata
+        path = saved(tmp_path, Image.fromarray(holed), f"{number}.tif", tiffinfo=tags)
+        found = np.asarray(images.load(path, ImagePolicy(deep="stretch")))
+        assert (found[:2] == 0).all()
+        np.testing.assert_array_equal(found[2:], whole)
+    nothing = Image.fromarray(np.full((4, 4), np.nan, np.float32))
+    assert np.asarray(images.load(nothing, ImagePolicy(deep="stretch"))).max() == 0
+
+
 def test_several_deep_bands_are_never_cut_to_their_upper_bits(tmp_path):
     """Pillow opens them as 8-bit RGB; reflectances of 200 to 3000 would become 0 to 11."""
     for name, data in (
@@ -150,12 +169,29 @@ def test_several_deep_bands_are_never_cut_to_their_upper_bits(tmp_path):
             for read in (images.load, images.size):
                 with pytest.raises(UserError, match=f"{name}: several bands deeper than 8 bits"):
                     read(path, ImagePolicy(deep=deep))
+                with Image.open(path) as image:  # not decoded yet: the file can still tell
+                    with pytest.raises(UserError, match=f"{name}: several bands deeper than 8 bits"):
+                        read(image, ImagePolicy(deep=deep))
     (tmp_path / "plain.tif").write_bytes(tiff(8, 4, 8))
     (tmp_path / "eight.ppm").write_bytes(b"P6 8 4 200\n" + bytes(8 * 4 * 3))
     for name in ("plain.jp2", "plain.j2k"):
         data_case.picture(8, 4).save(tmp_path / name)
     for name in ("plain.tif", "eight.ppm", "plain.jp2", "plain.j2k"):
         assert images.load(tmp_path / name).size == images.size(tmp_path / name) == (8, 4)
+
+
+def test_depth_is_found_where_pillow_names_no_fields():
+    """Before Pillow 11 a tile is a plain tuple."""
+    for args, deep in ((("RGB;16B", 0, 1), True), ("RGB", False)):
+        image = types.SimpleNamespace(format="PNG", tile=[("zip", (0, 0, 8, 4), 40, args)])
+        assert images._has_deep_bands(image) == deep
+
+
+def odd_tiff(kind: int, value: bytes) -> bytes:
+    """A TIFF that says otherwise where its strip lies: behind 2^63 bytes, or at a fraction."""
+    data = tiff(8, 4, 8)
+    at = data.index(struct.pack("<HHI", 273, 4, 1))
+    return data[:at] + struct.pack("<HHII", 273, kind, 1, len(data)) + data[at + 12 :] + value
 
 
 def deep_jp2(**how) -> bytes:
@@ -230,6 +266,9 @@ def test_damaged_files_are_named(tmp_path):
         for at in (images.DEFAULT, ImagePolicy(exif=True)):
             with pytest.raises(UserError, match=name):
                 images.load(path, at)
+        if name in ("cut.jpg", "cut.png"):
+            with Image.open(path) as image, pytest.raises(UserError, match=f"{name}: damaged or truncated"):
+                images.load(image)
         if name != "crc.png":  # only decoding finds a flipped bit
             with pytest.raises(UserError, match=name):
                 images.size(path)
@@ -237,6 +276,9 @@ def test_damaged_files_are_named(tmp_path):
         images.load(tmp_path / "missing.png")
     with pytest.raises(UserError, match="cannot be read"):
         images.load(tmp_path)
+    for data in (odd_tiff(16, b"\xff" * 8), odd_tiff(5, struct.pack("<II", 300, 7))):
+        with pytest.raises(UserError, match="damaged or truncated"):
+            images.load(data)
 
 
 def test_decompression_bomb_is_refused_from_its_header(tmp_path, monkeypatch):

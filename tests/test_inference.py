@@ -120,6 +120,20 @@ def test_streaming_gives_the_same_ids(model):
         assert list(built.stream(request, options)) == answers(built, [request], options)[0]
 
 
+def test_a_frame_that_lacks_shows_before_the_first_answer(model):
+    """Not when its batch is due, hours later."""
+    asked = [Request([IMAGE], [picture(2)]), Request([VIDEO], videos=[[picture(0), "missing.png"]])]
+    with pytest.raises(UserError, match="missing.png: no such image"):
+        next(engine(model, batch_size=1).complete(asked, DecodeOptions(max_new_tokens=1)))
+
+
+def test_a_prompt_that_is_too_long_is_refused_before_its_frames_are_decoded(model, monkeypatch):
+    monkeypatch.setattr(prompts, "read", lambda *_, **__: pytest.fail("decoded"))
+    request = Request([6, VIDEO, 9], videos=[[picture(0)] * 200])
+    with pytest.raises(UserError, match="tokens with its visual ones, more than the model's 512"):
+        next(engine(model).stream(request, DecodeOptions()))
+
+
 def test_samples_depend_on_seed_and_number_but_not_on_neighbours(model):
     prompt = requests()[1]
     options = DecodeOptions(max_new_tokens=10, temperature=1.5, top_k=40, top_p=0.95)
@@ -210,6 +224,9 @@ def test_samples_follow_the_softmax_at_the_temperature():
         {"max_new_tokens": 0},
         {"top_p": 0.9},  # greedy
         {"seed": -1},
+        {"max_new_tokens": 2.5},
+        {"top_k": 1.5, "temperature": 1.0},
+        {"temperature": None},
     ],
 )
 def test_bad_options_are_named(values):

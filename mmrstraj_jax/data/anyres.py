@@ -19,6 +19,8 @@ from jaxtyping import Int
 from mmrstraj_jax.config import AnyResConfig
 from mmrstraj_jax.errors import UserError
 
+MAX_SQUARE = 2**15  # 4 GiB as Pillow holds it
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -203,4 +205,10 @@ def plan_row(sizes: list[tuple[int, int]], frames: int, policy: AnyResConfig | s
         return [plan_video(frames, policy)]
     if len(sizes) == 1:
         return [plan(*sizes[0], policy)]
+    for width, height in sizes:
+        if max(width, height) > MAX_SQUARE:
+            raise UserError(
+                f"image size {width}x{height}: one of several is padded to a square, of at most {MAX_SQUARE} "
+                "pixels a side; cut it into tiles first"
+            )
     return [plan_multi_image(policy) for _ in sizes]

@@ -155,15 +155,19 @@ def prompt(messages: Sequence[Mapping], tokenizer: Tokenizer) -> Int[np.ndarray,
       UserError: unknown role or content, or the last message is not the user's.
     """
     messages = list(messages)
-    system = SYSTEM_MESSAGE
+    for number, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise UserError(f'message {number}: expected {{"role", "content"}}, found {message!r:.60}')
+    first, system = 0, SYSTEM_MESSAGE
     if messages and messages[0].get("role") == "system":
-        system = messages.pop(0).get("content")
-    if not isinstance(system, str):
-        raise UserError("message 0: the content of a system message is text")
+        first, system = 1, messages.pop(0).get("content")
     if not messages or normalise_role(messages[-1].get("role")) != "user":
         raise UserError("the last message is not the user's: there is nothing to answer")
-    ids = _turn("system", system, tokenizer, ())
-    for number, message in enumerate(messages):
+    if isinstance(system, str):
+        ids = _turn("system", system, tokenizer, ())
+    else:
+        ids = _parts_turn("system", system, tokenizer, 0)
+    for number, message in enumerate(messages, first):
         role, content = normalise_role(message.get("role")), message.get("content")
         if role is None:
             raise UserError(f"message {number}: role {message.get('role')!r}, expected user or assistant")

@@ -28,9 +28,11 @@ FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "JPEG2000", "PPM")
 PAD_BLACK = (0, 0, 0)
 PAD_MEAN = (127, 127, 127)  # int(255 * 0.5), the mean of SigLIP's normalisation
 _DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
-_ORIENTATION = 0x0112
+_HOW_TO_STRETCH = 'choose --images.deep stretch in training, ImagePolicy(deep="stretch") in load'
+_ORIENTATION, _GDAL_NODATA = 0x0112, 42113
 _TURNED = (5, 6, 7, 8)  # orientations that swap the sides
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, IndexError)
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError)
+_UNREADABLE += (TypeError, struct.error, zlib.error)  # as Pillow raises for what tags may hold
 
 
 DEFAULT = ImagePolicy()
@@ -79,23 +81,32 @@ def _open(source: Source, policy: ImagePolicy) -> Image.Image:
             f"{path}: {width}x{height} pixels, over the limit of {policy.max_pixels}; cut it into tiles first"
         )
     try:
+        _check_depth(image, policy, path)
+    except UserError:
+        image.close()
+        raise
+    return image
+
+
+def _check_depth(image: Image.Image, policy: ImagePolicy, name: str) -> None:
+    """Refuses an image whose bands would not become 8 bits as asked; a file's is not decoded yet."""
+    try:
         cut = image.mode not in _DEEP_MODES and _has_deep_bands(image)
     except _UNREADABLE as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
-    if cut:
-        image.close()  # Pillow would keep the upper 8 bits, and reflectances would be nearly black
-        raise UserError(f"{path}: several bands deeper than 8 bits; convert it to 8-bit RGB with a stretch")
+        raise UserError(f"{name}: cannot be read ({error})") from error
+    if cut:  # Pillow would keep the upper 8 bits, and reflectances would be nearly black
+        raise UserError(f"{name}: several bands deeper than 8 bits; convert it to 8-bit RGB with a stretch")
     if image.mode in _DEEP_MODES and policy.deep == "refuse":
-        image.close()
         raise UserError(
-            f"{path}: more than 8 bits per band (mode {image.mode}); convert it to 8-bit RGB with a stretch "
-            'that suits the sensor, or choose deep="stretch"'
+            f"{name}: more than 8 bits per band (mode {image.mode}); convert it to 8-bit RGB with a stretch "
+            f"that suits the sensor, or {_HOW_TO_STRETCH}"
         )
-    return image
 
 
 def _has_deep_bands(image: Image.Image) -> bool:
     """Whether the file's bands are deeper than the 8 bits that Pillow's mode has."""
+    if not getattr(image, "tile", ()):  # decoded already, or never in a file
+        return False
     if image.format == "JPEG2000":
         image.fp.seek(0)
         head = image.fp.read(1 << 20)
@@ -103,8 +114,8 @@ def _has_deep_bands(image: Image.Image) -> bool:
         bands = int.from_bytes(head[at + 40 : at + 42], "big")
         return any((head[at + 42 + 3 * band] & 0x7F) + 1 > 8 for band in range(bands))
     if image.format == "PPM":
-        return any(tile.codec_name != "raw" and tile.args[-1] > 255 for tile in image.tile)
-    return any(";16" in str(tile.args) for tile in image.tile)
+        return any(codec != "raw" and args[-1] > 255 for codec, _, _, args in image.tile)
+    return any(";16" in str(args) for _, _, _, args in image.tile)  # by name only since Pillow 11
 
 
 def _rotation(image: Image.Image, policy: ImagePolicy, name: object) -> int:
@@ -117,12 +128,12 @@ def _rotation(image: Image.Image, policy: ImagePolicy, name: object) -> int:
         raise UserError(f"{name}: damaged image or EXIF data ({error}); write it again") from error
 
 
-def _picture(value: object) -> Image.Image:
-    """A decoded image as PIL's."""
+def _picture(value: object) -> tuple[Image.Image, str]:
+    """An array or an image of PIL's, as the latter, and its name in errors."""
     if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.shape[2:] == (3,):
-        return Image.fromarray(value)
+        return Image.fromarray(value), "image"
     if isinstance(value, Image.Image):
-        return value
+        return value, str(getattr(value, "filename", "") or "image")
     found = f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else type(value).__name__
     raise UserError(f"image given as {found}: expected a path, a PIL image or an array uint8 [h, w, 3]")
 
@@ -134,8 +145,9 @@ def size(source: Source | Picture, policy: ImagePolicy = DEFAULT) -> tuple[int, 
     Raises UserError naming the file.
     """
     if not isinstance(source, Source):
-        image = _picture(source)
-        return image.size[::-1] if _rotation(image, policy, "image") in _TURNED else image.size
+        image, name = _picture(source)
+        _check_depth(image, policy, name)
+        return image.size[::-1] if _rotation(image, policy, name) in _TURNED else image.size
     with _open(source, policy) as image:
         if not _has_end_mark(source, image.format):
             _decode(image, _name(source))
@@ -172,12 +184,10 @@ def load(source: Source | Picture, policy: ImagePolicy = DEFAULT) -> Image.Image
       UserError: naming the file; missing, unknown format, damaged, above max_pixels, or deeper than 8 bits.
     """
     if not isinstance(source, Source):
-        image = _picture(source)
-        if image.mode in _DEEP_MODES and policy.deep == "refuse":
-            raise UserError(
-                f'image of mode {image.mode}: more than 8 bits per band; convert it, or deep="stretch"'
-            )
-        return _to_rgb(image, policy, "image")
+        image, name = _picture(source)
+        _check_depth(image, policy, name)
+        _decode(image, name)
+        return _to_rgb(image, policy, name)
     with _open(source, policy) as image:
         _decode(image, _name(source))
         return _to_rgb(image, policy, _name(source))
@@ -186,7 +196,7 @@ def load(source: Source | Picture, policy: ImagePolicy = DEFAULT) -> Image.Image
 def _to_rgb(image: Image.Image, policy: ImagePolicy, name: object) -> Image.Image:
     rotation = _rotation(image, policy, name)
     if image.mode in _DEEP_MODES:
-        image = Image.fromarray(_stretch(np.asarray(image)))
+        image = Image.fromarray(_stretch(np.asarray(image), _nodata(image)))
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # same colours as straight to RGB, without PIL's warning
     image = image.convert("RGB")
@@ -202,10 +212,23 @@ def _to_rgb(image: Image.Image, policy: ImagePolicy, name: object) -> Image.Imag
     return image.transpose(turns[rotation]) if rotation in turns else image
 
 
-def _stretch(values: np.ndarray) -> UInt8[np.ndarray, "h w"]:
-    """2nd to 98th percentile to 0..255, the usual stretch of viewers of satellite imagery."""
-    values = np.nan_to_num(values.astype(np.float64), posinf=0.0, neginf=0.0)
-    low, high = np.percentile(values, (2, 98))
+def _nodata(image: Image.Image) -> float | None:
+    """The value that a GeoTIFF has where nothing was measured."""
+    try:
+        return float(getattr(image, "tag_v2", {}).get(_GDAL_NODATA))
+    except (TypeError, ValueError):
+        return None
+
+
+def _stretch(values: np.ndarray, nodata: float | None = None) -> UInt8[np.ndarray, "h w"]:
+    """2nd to 98th percentile to 0..255, the usual stretch of viewers of satellite imagery.
+
+    What was not measured (NaN, infinite, nodata) counts for no percentile and becomes black.
+    """
+    values = values.astype(np.float64)
+    known = np.isfinite(values) & (values != nodata)
+    low, high = np.percentile(values[known], (2, 98)) if known.any() else (0.0, 0.0)
+    values = np.where(known, values, low)
     return np.clip((values - low) / max(high - low, 1e-12) * 255 + 0.5, 0, 255).astype(np.uint8)
 
 

@@ -84,7 +84,7 @@ class Tokenizer:
         folder = pathlib.Path(folder)
         whole, vocabulary, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
         if whole.is_file():
-            return cls(whole.read_text(encoding="utf-8"), str(whole))
+            return cls(_read(whole), str(whole))
         if vocabulary.is_file() and merges.is_file():
             source = f"{vocabulary} and merges.txt, read as Qwen2's byte-level BPE"
             return cls(_qwen2_from_parts(vocabulary, merges), source)
@@ -178,6 +178,13 @@ def bind_token_ids(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
     )
 
 
+def _read(path: pathlib.Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error}); download or write it again") from error
+
+
 def _byte_characters() -> dict[int, str]:
     """GPT-2's printable stand-in for each byte, the alphabet of byte-level BPE vocabularies."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
@@ -200,8 +207,11 @@ def _qwen2_from_parts(vocabulary: pathlib.Path, merges: pathlib.Path) -> str:
     )
     library.decoder = decoders.ByteLevel()
     settings = vocabulary.parent / "tokenizer_config.json"
-    listed = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
-    listed = sorted((int(number), token) for number, token in listed.get("added_tokens_decoder", {}).items())
+    try:
+        listed = json.loads(_read(settings)).get("added_tokens_decoder", {}) if settings.is_file() else {}
+        listed = sorted((int(number), token) for number, token in listed.items())
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{settings}: not a tokenizer's settings ({error}); download it again") from error
     for number, token in listed:
         library.add_tokens([AddedToken(token["content"], special=token["special"], normalized=False)])
         if library.token_to_id(token["content"]) != number:

@@ -93,8 +93,9 @@ class Engine:
 
     def stream(self, request: Request, options: DecodeOptions) -> Iterator[int]:
         """The ids of one answer, each as soon as it is written, the end token included."""
+        shape = prompts.measure(request, self.config, self.policy, self.image_policy)
+        self._check_budget(request, shape.length, options)
         example = prompts.read(request, self.config, self.policy, image_policy=self.image_policy)
-        self._check_budget(request, len(example.input_ids), options)
         for tokens in self._pieces([request], [example], [request.number or 0], options, chunk=1):
             yield int(tokens[0, 0])
 

@@ -1,6 +1,7 @@
 """The decoding options, without JAX: `--help` and typing errors must not wait for it."""
 
 import dataclasses
+import numbers
 
 from mmrstraj_jax.errors import UserError
 
@@ -13,7 +14,7 @@ class DecodeOptions:
     active under do_sample=False, so "greedy" would not be greedy.
 
     Raises:
-        UserError: a value outside its range.
+        UserError: a value that is no number, or outside its range.
     """
 
     max_new_tokens: int = 256
@@ -24,6 +25,11 @@ class DecodeOptions:
     seed: int = 0
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            whole, value = field.type is int, getattr(self, field.name)
+            if not isinstance(value, numbers.Integral if whole else numbers.Real):
+                expected = "a whole number" if whole else "a number"
+                raise UserError(f"{field.name} {value!r}: expected {expected}")
         for name, valid, expected in (
             ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
             ("temperature", self.temperature >= 0, "0 (greedy) or more"),

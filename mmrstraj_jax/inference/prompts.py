@@ -31,6 +31,10 @@ class Request:
     number: int | None = None  # of its random key; default: its place among the requests
     name: str = "prompt"  # in errors
 
+    def __post_init__(self):
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise UserError(f"{self.name}: max_new_tokens {self.max_new_tokens}: expected 1 or more")
+
 
 class _Slot(NamedTuple):
     position: int
@@ -41,11 +45,19 @@ class _Slot(NamedTuple):
 def _slots(
     request: Request, config: ModelConfig, policy: AnyResConfig, image_policy: ImagePolicy
 ) -> list[_Slot]:
-    """Every visual slot in order, with its plan; image files are opened, not decoded."""
+    """Every visual slot in order, with its plan; image files are opened, not decoded (frames: not opened)."""
     ids = np.asarray(request.ids)
     marks = [number for number in (config.image_token_id, config.video_token_id) if number is not None]
     positions = np.flatnonzero(np.isin(ids, marks))
     media = {"image": list(request.images), "video": list(request.videos)}
+    for video in media["video"]:
+        listed = isinstance(video, Sequence) and not isinstance(video, str | bytes)
+        if not listed and getattr(video, "ndim", 0) != 4:
+            found = repr(video) if isinstance(video, str | os.PathLike) else type(video).__name__
+            raise UserError(
+                f"{request.name}: video given as {found:.80}: expected the list of its frames (paths or "
+                "images) or an array uint8 [F, h, w, 3]; a film's file is not decoded"
+            )
     # Training writes <image> for a video too; with nothing else to mean, either id is a video's.
     if media["video"] and not media["image"]:
         kinds = ["video"] * len(positions)
@@ -101,6 +113,9 @@ def measure(
             f"{request.name}: {length} tokens with its visual ones, more than the model's {limit} positions; "
             "shorten it, give smaller images, or a policy with fewer tokens"
         )
+    for video in request.videos:
+        for frame in video:
+            images.size(frame, image_policy)
     return row_shape(plans, length, None)
 
 
