@@ -14,6 +14,7 @@ from typing import Any
 
 from mmrstraj_jax import settings
 from mmrstraj_jax.errors import UserError
+from mmrstraj_jax.settings import check_range
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,10 @@ class AnyResConfig:
             raise UserError(f"anyres.policy {self.policy!r}: expected 'tau' or 'anyres_max_N' (N from 1 on)")
         if self.rounding not in ("hf", "original"):
             raise UserError(f"anyres.rounding {self.rounding!r}: expected 'hf' or 'original'")
-        if self.tau <= 0:
+        if not 0 < self.tau < math.inf:
             raise UserError(f"anyres.tau {self.tau}: expected a positive token budget")
+        if not self.grid_pinpoints:
+            raise UserError("anyres.grid_pinpoints: expected (height, width) pairs, one or more")
         sides = [self.view_size, *(side for pair in self.grid_pinpoints for side in pair)]
         if not 0 < self.patch_size <= min(sides) or any(side % self.view_size for side in sides):
             raise UserError(
@@ -152,8 +155,9 @@ class LoRAConfig:
     language_model: tuple[str, ...] = ()
 
     def __post_init__(self):
-        if self.rank < 1:
-            raise UserError(f"lora.rank {self.rank}: expected 1 or more (for no LoRA give no targets)")
+        check_range(self, 1, math.inf, "rank", key="lora.", hint=" (for no LoRA give no targets)")
+        if self.alpha <= 0:
+            raise UserError(f"lora.alpha {self.alpha}: expected more than 0 (at 0 adapters change nothing)")
         if not 0 <= self.dropout < 1:
             raise UserError(f"lora.dropout {self.dropout}: expected a rate in [0, 1)")
         for part, allowed in LORA_TARGETS.items():
@@ -177,9 +181,9 @@ class OptimConfig:
     schedule: str = "cosine"
 
     def __post_init__(self):
-        for key in ("tower_lr", "projector_lr", "other_lr", "weight_decay", "clip_norm", "skip_norm"):
-            if getattr(self, key) < 0:
-                raise UserError(f"optim.{key} {getattr(self, key)}: expected 0 or more")
+        least_0 = "tower_lr", "projector_lr", "other_lr", "weight_decay", "clip_norm", "skip_norm"
+        check_range(self, 0, math.inf, *least_0, key="optim.")
+        check_range(self, 0, 1, "warmup_ratio", key="optim.", hint=", a share of the steps")
         for key in ("b1", "b2"):
             if not 0 <= getattr(self, key) < 1:
                 raise UserError(f"optim.{key} {getattr(self, key)}: expected a rate in [0, 1)")
@@ -187,8 +191,6 @@ class OptimConfig:
             raise UserError(f"optim.eps {self.eps}: expected more than 0")
         if self.schedule not in SCHEDULES:
             raise UserError(f"optim.schedule {self.schedule!r}: expected one of {', '.join(SCHEDULES)}")
-        if not 0 <= self.warmup_ratio <= 1:
-            raise UserError(f"optim.warmup_ratio {self.warmup_ratio}: expected a share of the steps, 0 to 1")
 
 
 PIL_LIMIT = 178_956_970  # above twice its MAX_IMAGE_PIXELS Pillow refuses to open a file
@@ -205,8 +207,7 @@ class ImagePolicy:
     def __post_init__(self):
         if self.deep not in ("refuse", "stretch"):
             raise UserError(f"images.deep {self.deep!r}: expected refuse or stretch")
-        if not 1 <= self.max_pixels <= PIL_LIMIT:
-            raise UserError(f"images.max_pixels {self.max_pixels}: expected 1 to {PIL_LIMIT}, Pillow's limit")
+        check_range(self, 1, PIL_LIMIT, "max_pixels", key="images.", hint=", Pillow's limit")
 
 
 @dataclass(frozen=True)
@@ -221,9 +222,8 @@ class LoaderConfig:
     verify: bool = False  # decode every image when the data is indexed, not only its header
 
     def __post_init__(self):
-        for key, least in (("workers", 0), ("threads", 0), ("prefetch", 1)):
-            if getattr(self, key) < least:
-                raise UserError(f"loader.{key} {getattr(self, key)}: expected {least} or more")
+        check_range(self, 0, math.inf, "workers", "threads", key="loader.")
+        check_range(self, 1, math.inf, "prefetch", key="loader.")
         if self.timeout <= 0:
             raise UserError(f"loader.timeout {self.timeout}: expected seconds, more than 0")
 
@@ -237,9 +237,8 @@ class ClusterConfig:
     step_timeout: float = 1800.0  # without progress a run counts as stuck; longer than compiling takes
 
     def __post_init__(self):
-        for key in ("start_timeout", "heartbeat", "step_timeout"):
-            if getattr(self, key) < 1:
-                raise UserError(f"cluster.{key} {getattr(self, key)}: expected seconds, 1 or more")
+        timeouts = "start_timeout", "heartbeat", "step_timeout"
+        check_range(self, 1, math.inf, *timeouts, key="cluster.", hint=" seconds")
 
 
 @dataclass(frozen=True)
@@ -248,9 +247,9 @@ class Config:
 
     name: str = "stage1"
     model: str = "7b"  # a preset of MODEL_PRESETS; sizes of named weights come from their config.json
-    weights: str | None = None  # run directory, our format or HF folder; None: embedded (tiny)
+    weights: str | None = None  # our format, HF or lmms-lab folder, siglip=DIR,qwen=DIR,...; None: embedded
     data: str | None = None  # "A.json:0.7,B.json:0.3"; None: the embedded SynthCity sample
-    eval_data: str | None = None
+    eval_data: str | None = None  # held-out rows, as data; None: those of the embedded sample, or none
     image_root: str | None = None  # default: the folder of each data file
     on_bad: str = "quarantine"  # a row that cannot be trained on: quarantine (reported, left out) | error
     init_from: str | None = None  # a finished run whose adapters go on
@@ -301,6 +300,10 @@ class Config:
         for key, allowed in choices.items():
             if getattr(self, key) not in allowed:
                 raise UserError(f"{key} {getattr(self, key)!r}: expected one of {', '.join(allowed)}")
+        paths = ("name", "weights", "data", "eval_data", "image_root", "init_from", "run_dir")
+        for key in (*paths, "compilation_cache"):  # a script's unset variable; Path("") is this folder
+            if getattr(self, key) == "":
+                raise UserError(f"{key} is empty: expected a path, or leave the option out")
         if self.feature_layer > 0:
             raise UserError(
                 f"feature_layer {self.feature_layer}: expected -1, -2, ..., or 0: the weights' own"
@@ -311,12 +314,9 @@ class Config:
                 f"quantize_llm {self.quantize_llm}: the language model is in train_full, and only frozen "
                 "weights can be stored in fewer bits; drop one of them"
             )
-        least = dict.fromkeys(("steps", "seed", "eval_every", "eval_samples"), 0) | dict.fromkeys(
-            ("epochs", "batch_size", "micro_batch_size", "fsdp", "max_length", "length_multiple"), 1
-        )
-        for key, value in (least | {"save_every": 1, "keep_last": 1, "log_every": 1}).items():
-            if not value <= getattr(self, key) <= INT32:
-                raise UserError(f"{key} {getattr(self, key)}: expected {value} to {INT32}")
+        check_range(self, 0, INT32, "steps", "seed", "eval_every", "eval_samples")
+        least_1 = "epochs", "batch_size", "micro_batch_size", "fsdp", "max_length", "length_multiple"
+        check_range(self, 1, INT32, *least_1, "save_every", "keep_last", "log_every")
         if list(self.view_buckets) != sorted(set(self.view_buckets)) or min(self.view_buckets, default=0) < 1:
             raise UserError(f"view_buckets {self.view_buckets}: expected ascending positive view counts")
         batch, micro = self.batch_size, self.micro_batch_size
@@ -428,7 +428,7 @@ def load_config(name: str, args: list[str], *, model: str | None = None) -> tupl
     Raises UserError: unknown config, option (with the nearest name), model or value.
     """
     overrides = settings.overrides([word for word in args if word not in ("--help", "-h")], Config)
-    model = overrides.get("model", model) or (None if "weights" in overrides else "tiny")
+    model = overrides.get("model", model) or (None if overrides.get("weights") else "tiny")
     if model not in MODEL_PRESETS:
         problem = f"--model {model}" if model else "--weights without --model"
         raise UserError(f"{problem}: expected one of {', '.join(MODEL_PRESETS)}")
@@ -436,6 +436,7 @@ def load_config(name: str, args: list[str], *, model: str | None = None) -> tupl
     config = settings.call_file(path, "get_config", model)
     if not isinstance(config, Config):
         raise UserError(f"--config {path}: expected a function get_config(model) that returns the Config")
+    config = settings.from_dict(settings.to_dict(config), Config, f"--config {path}")  # checks the types
     if {"--help", "-h"} & set(args):
         import tyro
 

@@ -30,7 +30,7 @@ OTHERS = (
     "JAX_COORDINATOR_BIND_ADDRESS",
 )
 HARMLESS = ("--xla_force_host_platform_device_count",)  # known to every version: needs no child process
-SECONDS = 120  # for a child process to import JAX and find its devices
+SECONDS = 600  # for a child process to import JAX, on a file system that many nodes ask at once
 
 
 def check(environ: MutableMapping[str, str], say: Callable[[str], None]) -> None:
@@ -65,13 +65,19 @@ def known_flags(flags: list[str]) -> tuple[list[str], list[str]]:
     warnings: list[str] = []
     while flags:
         # On the CPU: the flags are the same ones, and no accelerator is held
-        child = subprocess.run(
-            [sys.executable, "-c", "import jax; jax.devices()"],
-            env=os.environ | {"XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"},
-            capture_output=True,
-            text=True,
-            timeout=SECONDS,
-        )
+        try:
+            child = subprocess.run(
+                [sys.executable, "-c", "import jax; jax.devices()"],
+                env=os.environ | {"XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"},
+                capture_output=True,
+                text=True,
+                timeout=SECONDS,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise UserError(
+                f"XLA_FLAGS {' '.join(flags)}: JAX did not start with them within {SECONDS} s in "
+                f"{sys.executable}; put Python on a faster disk, or unset them"
+            ) from error
         if child.returncode == 0:
             break
         found = re.search(r"Unknown flags? in XLA_FLAGS:(.*)", child.stderr)

@@ -26,23 +26,43 @@ OPTIONS = ("--config", "--gpus", "--devices", "--preview", "--samples", "--dry-r
 
 
 def plan(
-    config: Config, gpus: list[str], devices: int, preview: Path | None, samples: int, dry_run: bool
+    config: Config,
+    gpus: list[str],
+    devices: int,
+    preview: Path | None,
+    samples: int,
+    dry_run: bool,
+    overridden: frozenset[str] = frozenset(),
 ) -> None:
-    """Prints the plan. Raises UserError: whatever training would refuse to start with."""
+    """Prints the plan. Raises UserError: whatever training would refuse to start with.
+
+    Args:
+        overridden: dotted names of fields that were set by hand.
+    """
     from mmrstraj_jax.planning import dataset, dryrun, report, strategy
     from mmrstraj_jax.planning import preview as pages
+    from mmrstraj_jax.planning.program import abstract_model
+    from mmrstraj_jax.training import setup
+    from mmrstraj_jax.training.optimizer import check_groups
 
     if config.batch_size % devices:
         raise UserError(f"--devices {devices}: expected a divisor of batch_size {config.batch_size}")
+    if devices % config.fsdp:
+        raise UserError(f"--fsdp {config.fsdp}: expected a divisor of --devices {devices}")
+    setup.global_micro_batch(config, devices)
+    setup.check_length(config, overridden)
+    setup.check_start(config)
     began = time.monotonic()
     found = dataset.inspect(config, print)
+    check_groups(abstract_model(config, found.model).trainable, overridden)
+    setup.check_views(config, found.loader.policy, overridden)
     print(f"checked {len(found.shapes)} rows in {time.monotonic() - began:.1f} s")
     for note in found.notes:
         print(f"note: {note}")
     sections = [report.data(found), report.buckets(found, config)]
     sections += [report.parameters(found, config), report.work(found, config)]
     schedule = found.loader.schedule
-    options = strategy.options(config, found.model, schedule.buckets, found.shapes, devices)
+    options = strategy.options(config, found.model, schedule.buckets, found.drawn, devices)
     sections.append(report.strategies(options, devices, gpus))
     chosen, _ = strategy.recommend(options, report.GPUS[gpus[0]])
     sections.append(report.buffers(chosen or options[-1]))
@@ -80,7 +100,7 @@ def main(args: list[str]) -> int:
     for word in args:
         if near := difflib.get_close_matches(word.partition("=")[0], OPTIONS, 1, 0.85):
             raise UserError(f"unknown option {word}: did you mean {near[0]}?")
-    config, _ = load_config(name or "stage1", args)
+    config, overridden = load_config(name or "stage1", args)
 
     from mmrstraj_jax.planning.gpus import find
 
@@ -91,7 +111,7 @@ def main(args: list[str]) -> int:
         raise UserError("--gpus: a name is missing")
     if devices is None:  # the small recipes' batches are smaller than a node
         devices = math.gcd(config.batch_size, 8)
-    plan(config, gpus, devices, Path(page) if page else None, samples or 6, dry_run)
+    plan(config, gpus, devices, Path(page) if page else None, samples or 6, dry_run, overridden)
     return 0
 
 

@@ -77,6 +77,22 @@ def _parse(name: str, annotation: Any, values: list[str]) -> Any:
     return value
 
 
+def check_range(config: Any, low: float, high: float, *names: str, key: str = "", hint: str = "") -> None:
+    """Raises UserError: one of these fields, or an element of a tuple, is below `low` or above `high`.
+
+    Args:
+        key: what stands before the field's name: "optim." in a config, "--" for the words of a command.
+        hint: follows what was expected.
+    """
+    for name in names:
+        value = getattr(config, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if not low <= number <= high:
+                wanted = f"{low} or more" if high == math.inf else f"{low} to {high}"
+                field = name.replace("_", "-") if key.startswith("--") else name
+                raise UserError(f"{key}{field} {number}: expected {wanted}{hint}")
+
+
 # ---- the command line ----
 
 
@@ -106,7 +122,7 @@ def overrides(args: list[str], cls: type) -> dict[str, Any]:
     """`--name VALUE` words as {dotted field name: value}, in words or with `=`; names with - or _.
 
     Lists are separate words, or have commas, or come with the option repeated. Of a repeated single value the
-    last one counts. Raises UserError: unknown option (with the nearest name), value of another type.
+    last one counts. Raises UserError: unknown option (with a near name), value of another type.
     """
     leaves = leaf_fields(cls)
     words: dict[str, list[str]] = {}
@@ -124,8 +140,9 @@ def overrides(args: list[str], cls: type) -> dict[str, Any]:
             name = name.removeprefix("no_")
         if name not in leaves:
             nearest = {leaf.rpartition(".")[2]: leaf for leaf in leaves} | {leaf: leaf for leaf in leaves}
-            best = nearest[difflib.get_close_matches(name, nearest, 1, 0.0)[0]].replace("_", "-")
-            raise UserError(f"unknown option --{key}: did you mean --{best}? --help lists all of them")
+            near = [nearest[each].replace("_", "-") for each in difflib.get_close_matches(name, nearest, 1)]
+            hint = f": did you mean --{near[0]}?" if near else ";"
+            raise UserError(f"unknown option --{key}{hint} --help lists all of them")
         if typing.get_origin(leaves[name]) is not tuple:
             words[name] = []  # the last one counts, as everywhere; lists grow
         words.setdefault(name, []).extend([value] if value else [])

@@ -110,6 +110,7 @@ def train(config: Config, overridden: frozenset[str] = frozenset(), launch: Laun
         log = Log() if processes.primary else Silent()
         processes.agree("settings", facts(config))
         sinks.check_wandb(config.wandb)
+        setup.check_length(config, overridden)
         sources = setup.sources(config)
         log(setup.describe(config, sources, overridden))
         run_dir = Path(config.run_dir or f"runs/{config.name}")
@@ -135,7 +136,15 @@ def train(config: Config, overridden: frozenset[str] = frozenset(), launch: Laun
         stack.enter_context(closing(checkpoints))
 
         # Model, then data: the tokenizer comes with the weights
+        if saved_step is None:
+            setup.check_start(config)
         start = run.start(config, mesh) if saved_step is None else run.reopen(run_dir, config, mesh)
+        origin = start.base["init_from"]
+        if saved_step is None and origin and not (Path(origin["run"]) / "summary.json").is_file():
+            log(
+                f"WARNING: {origin['run']} has not finished; the adapters of its step {origin['step']} go on "
+                "here"
+            )
         graphdef, trainable, frozen = states.split(start.model)
         check_groups(trainable, overridden)
         setup.check_views(config, start.anyres, overridden)
@@ -157,8 +166,15 @@ def train(config: Config, overridden: frozenset[str] = frozenset(), launch: Laun
             states.check_frozen(frozen, base["frozen"], "at the start")
             first, trainable, opt_state, saved = checkpoints.restore(saved_step, trainable, opt_state)
             run.check_resumable(run_dir, saved, meta, launch.allow_config_change, log)
+            if first > total:
+                raise UserError(
+                    f"{run_dir}: {first} steps are done, more than the {total} asked for; name more --steps, "
+                    "or a new --run-dir"
+                )
             if launch.allow_config_change:
-                processes.from_first(lambda: run.change_config(run_dir, config))
+                if saved.get("eval_data", meta["eval_data"]) != meta["eval_data"]:
+                    base = base | {"eval": {}}  # that was of other held-out rows
+                processes.from_first(lambda: run.change_config(run_dir, config, base))
         if processes.primary and (problems := data.problems()):
             record(run_dir / "left_out.json", problems)
             log(f"all rows that are left out or remarked on: {run_dir / 'left_out.json'}")
@@ -177,7 +193,7 @@ def train(config: Config, overridden: frozenset[str] = frozenset(), launch: Laun
         train_step = build_step(
             graphdef, optimizer, config, placed=parallel.shardings_of((trainable, opt_state))
         )
-        eval_step = build_eval_step(graphdef, config, mesh)
+        eval_step = build_eval_step(graphdef, mesh)
 
         def eval_due(done) -> bool:
             return done == total or (config.eval_every > 0 and done % config.eval_every == 0)
@@ -300,9 +316,10 @@ def train(config: Config, overridden: frozenset[str] = frozenset(), launch: Laun
                 "the learning rates, and name a new --run-dir"
             )
         compiled, buckets = train_step._cache_size(), len(data.train.schedule.buckets)
-        assert compiled <= buckets, f"{compiled} compilations for {buckets} buckets"
         log(
-            f"{compiled} compiled train programs for {buckets} buckets, "
+            # never seen, and no reason to lose a finished run
+            ("WARNING: " if compiled > buckets else "")
+            + f"{compiled} compiled train programs for {buckets} buckets, "
             f"{eval_step._cache_size()} for evaluation"
         )
 
@@ -317,7 +334,7 @@ def train(config: Config, overridden: frozenset[str] = frozenset(), launch: Laun
             record(run_dir / "summary.json", summary)
         processes.meet()
         for name in ("eval_loss", "eval_accuracy"):
-            if name in scores:
+            if name in scores and name in base["eval"]:
                 log(f"held-out {name.removeprefix('eval_')}: {base['eval'][name]:.4f} -> {scores[name]:.4f}")
         log(
             f"The run lies in {run_dir} ({jax.device_count()} {jax.default_backend()} device(s), "

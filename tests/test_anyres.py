@@ -210,3 +210,11 @@ def test_an_image_whose_square_would_fill_the_memory_is_refused():
         anyres.plan_row([(10, 10), (60_000, 10)], 0, TAU)
     assert len(anyres.plan_row([(10, 10), (20_000, 10)], 0, TAU)) == 2
     assert anyres.plan_row([(60_000, 10)], 0, TAU)[0].kind == "anyres"
+
+
+@pytest.mark.parametrize(
+    "change", [{"tau": float("nan")}, {"tau": float("inf")}, {"tau": 0.0}, {"grid_pinpoints": ()}]
+)
+def test_settings_that_are_no_policy_are_refused(change):
+    with pytest.raises(UserError, match=f"anyres.{next(iter(change))}.*: expected"):
+        AnyResConfig(**change)

@@ -171,6 +171,7 @@ def test_batch_sizes_are_checked_together_not_one_by_one():
         ("--batchsize 1", "unknown option --batchsize: did you mean --batch-size?"),
         ("--no-steps", "unknown option --no-steps: did you mean --steps?"),
         ("--optim 1", "unknown option --optim: did you mean --"),
+        ("--learning-rate 1", "unknown option --learning-rate; --help lists all of them"),
         ("--steps x", "--steps x: expected a whole number"),
         ("--steps 1.5", "--steps 1.5: expected a whole number"),
         ("--steps", "--steps (nothing): expected a whole number"),
@@ -187,6 +188,8 @@ def test_batch_sizes_are_checked_together_not_one_by_one():
         ("--train-full head", "train_full 'head': expected some of vision_tower, projector"),
         ("--lora.projector fc1", "lora.projector 'fc1': expected some of linear_1, linear_2"),
         ("--lora.rank 0", "lora.rank 0: expected 1 or more"),
+        ("--lora.alpha 0", "lora.alpha 0.0: expected more than 0"),
+        ("--run-dir=", "--run-dir (nothing): expected text or None"),
         ("--optim.tower-lr -1e-4", "optim.tower_lr -0.0001: expected 0 or more"),
         ("--optim.b1 2", "optim.b1 2.0: expected a rate in [0, 1)"),
         ("--optim.eps -1", "optim.eps -1.0: expected more than 0"),
@@ -255,6 +258,31 @@ def test_a_config_file_that_fails_is_named_with_its_line(tmp_path, text, said):
     with pytest.raises(UserError) as error:
         settings.call_file(path, "get_config", "tiny")
     assert str(error.value).startswith(f"{path} {said}") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        ("steps=1e3", "steps: 1000.0, expected a whole number"),
+        ("packing='no'", "packing: 'no', expected True or False"),
+        ("data=['a.json']", "data: ['a.json'], expected text or None"),
+        ("optim=None", "optim: expected an object with the fields of OptimConfig"),
+    ],
+)
+def test_values_of_another_type_in_a_config_file_are_named(tmp_path, field, said):
+    path = tmp_path / "mine.py"
+    text = "from mmrstraj_jax.config import Config\ndef get_config(model):\n    return Config(model={})"
+    path.write_text(text.format(f"model, {field}"))
+    assert error_of(str(path)) == f"--config {path}: {said}"
+    path.write_text(text.format("model, view_buckets=[1, 2]"))  # a list will do
+    assert load_config(str(path), [])[0].view_buckets == (1, 2)
+
+
+@pytest.mark.parametrize("field", ["run_dir", "data", "weights", "name"])
+def test_an_empty_path_is_no_path(field):
+    with pytest.raises(UserError, match=f"{field} is empty: expected a path"):
+        Config(**{field: ""})
+    assert error_of("stage1", f"--{field.replace('_', '-')}", "").startswith(f"{field} is empty")
 
 
 def test_options_outside_the_config_are_taken_out():

@@ -1,5 +1,10 @@
 """Which process this is, from options, JAX's variables, Kubernetes or SLURM."""
 
+import os
+import socket
+import subprocess
+import sys
+
 import pytest
 
 from mmrstraj_jax.errors import UserError
@@ -8,7 +13,9 @@ from mmrstraj_jax.training.distributed import Place, Processes, find_place, firs
 ALONE = (None, None, None)
 SLURM = {
     "SLURM_STEP_NUM_TASKS": "16",
+    "SLURM_STEP_NUM_NODES": "16",
     "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "0",
     "SLURM_STEP_NODELIST": "gpu[003-004,7],x1",
     "SLURM_JOB_ID": "4711",
     "SLURM_STEP_ID": "0",
@@ -34,6 +41,33 @@ def test_options_come_first_then_variables_then_slurm():
     found = find_place(ALONE, SLURM)
     assert (found.host, found.count, found.index) == ("gpu003", 16, 3) and 61440 <= found.port < 65536
     assert found.port != find_place(ALONE, SLURM | {"SLURM_JOB_ID": "4712"}).port
+
+
+def test_a_task_drives_its_node_s_gpus_or_its_own():
+    assert find_place(ALONE, SLURM).local_device_ids is None  # one task a node
+    shared = SLURM | {"SLURM_STEP_NUM_NODES": "2", "SLURM_LOCALID": "3"}
+    assert find_place(ALONE, shared).local_device_ids == (3,)
+    assert find_place(ALONE, shared | {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}).local_device_ids == (3,)
+    for own in ({"SLURM_GPUS_PER_TASK": "2"}, {"CUDA_VISIBLE_DEVICES": "3"}, {"JAX_LOCAL_DEVICE_IDS": "3"}):
+        assert find_place(ALONE, shared | own).local_device_ids is None
+
+
+@pytest.mark.parametrize("own, visible", [("None", "all"), ("(2, 3)", "2,3")])
+def test_jax_takes_no_gpu_away_from_a_process_under_srun(own, visible):
+    """JAX recognises srun by itself, and would leave a process the GPU of its number on the node alone."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    script = (
+        "import jax; from mmrstraj_jax.config import ClusterConfig\n"
+        "from mmrstraj_jax.training.distributed import Place, connect\n"
+        f"connect(Place('127.0.0.1:{port}', 1, 0, {own}), ClusterConfig(start_timeout=30))\n"
+        "print(jax.config.values['jax_cuda_visible_devices'])"
+    )
+    step = SLURM | {"SLURM_NTASKS": "16", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | step, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.strip() == visible, done.stderr
 
 
 @pytest.mark.parametrize(

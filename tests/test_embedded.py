@@ -37,7 +37,7 @@ def held_out(run_dir: Path, rows: Path, cache: Path) -> dict[str, float]:
     config = dataclasses.replace(opened.run_config, eval_samples=10**6)
     data = setup.load_data(config, setup.Sources(str(rows), str(rows), "stage1"), opened, cache, print)
     graphdef, trainable, frozen = states.split(opened.model)
-    step = build_eval_step(graphdef, config)
+    step = build_eval_step(graphdef)
     return evaluate(step, trainable, frozen, data, parallel.make_mesh(), lambda: None)
 
 

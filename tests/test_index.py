@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import pickle
+import tracemalloc
 
 import data_case
 import numpy as np
@@ -192,6 +193,23 @@ def test_array_record_holds_the_same_rows(root):
         assert [value["id"] for _, _, value in records.read_rows(path)] == ["row0", "row1", "row2"]
     again = pickle.loads(pickle.dumps(found))
     assert again.rows[2].id == "row2"
+
+
+def test_the_rows_own_images_do_not_stay_in_memory(root):
+    width = 600  # 1 MB as BMP
+    data_case.picture(width, width).save(root / "a.bmp")
+    picture = (root / "a.bmp").read_bytes()
+    for number in range(24):  # each another file to the cache of sizes
+        content = base64.b64encode(picture + bytes([number])).decode()
+        row = data_case.chat_row(number, "a.bmp") | {"image": {"bytes": content}}
+        with (root / "rows.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+    found = records.load(str(root / "rows.jsonl"))
+    tracemalloc.start()
+    made = build_index(found, TOKENIZER, data_case.TINY, SIZES, threads=1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(made.rows) == 24 and peak < 16e6
 
 
 def test_array_record_that_is_none(root):

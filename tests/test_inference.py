@@ -202,6 +202,14 @@ def test_top_k_and_top_p_keep_what_hf_keeps(top_k, top_p):
         assert set(np.flatnonzero(np.isfinite(kept)).tolist()) == reference_filter(logits, top_k, top_p)
 
 
+def test_of_equal_logits_top_p_keeps_as_many_as_the_mass_allows():
+    """HF's TopPLogitsWarper cuts by place in the sorted order: of four equal tokens two hold 0.4."""
+    kept = filter_logits(jnp.array([1.0, 1.0, -9.0, 1.0, 1.0]), jnp.int32(0), jnp.float32(0.4))
+    assert np.isfinite(kept).sum() == 2 and not np.isfinite(kept[2])
+    kept = filter_logits(jnp.array([1.0, 0.0, 0.0]), jnp.int32(2), jnp.float32(1.0))
+    assert np.isfinite(kept).all()  # top_k keeps all that equal the k-th, as HF's TopKLogitsWarper does
+
+
 def test_samples_follow_the_softmax_at_the_temperature():
     options = DecodeOptions(temperature=2.0)
     logits = np.array([2.0, 0.0, -1.0, 1.0], np.float32)

@@ -36,7 +36,9 @@ def stubs(tmp_path):
         path.write_text(f'#!/usr/bin/env bash\necho "{name} $*" >> "{tmp_path}/calls"\n{body}\n')
         path.chmod(0o755)
 
-    stub("srun", 'case "$*" in *check.py*) exit "${CHECK_CODE:-0}";; *) exit "${TRAIN_CODE:-0}";; esac')
+    cores = f'echo "${{SRUN_CPUS_PER_TASK:-}}" >> "{tmp_path}/cores"\n'
+    code = 'case "$*" in *check.py*) exit "${CHECK_CODE:-0}";; *) exit "${TRAIN_CODE:-0}";; esac'
+    stub("srun", cores + code)
     stub("scontrol", "")
     stub("apptainer", 'shift 6; exec python-stub "$@"')  # exec --nv --bind FOLDERS IMAGE python3
     stub("python-stub", 'case "$*" in *environment*) shift 2; echo "$*";; esac')
@@ -92,6 +94,13 @@ def test_a_job_that_says_run_me_again_or_was_killed_is_queued_again(stubs, code)
         assert result == code and calls[-1].startswith("srun")
 
 
+def test_tasks_get_the_cores_of_the_job(stubs):
+    sbatch(stubs)
+    assert (stubs / "cores").read_text() == "\n\n"  # of check and train; SLURM gave none
+    sbatch(stubs, SLURM_CPUS_PER_TASK="64")
+    assert (stubs / "cores").read_text() == "\n\n64\n64\n"
+
+
 def test_other_failures_end_the_job(stubs):
     for given, expected in (({"TRAIN_CODE": "2"}, 2), ({"CHECK_CODE": "1"}, 1)):
         code, calls = sbatch(stubs, **given)
@@ -111,6 +120,12 @@ def test_a_python_without_jax_is_named_not_its_traceback(tmp_path, monkeypatch):
     bare.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(bare))
     with pytest.raises(UserError, match="bare-python: ModuleNotFoundError: No module named 'jax'"):
+        environment.known_flags(["--xla_gpu_autotune_level=1"])
+
+
+def test_a_python_that_starts_too_slowly_is_one_line(monkeypatch):
+    monkeypatch.setattr(environment, "SECONDS", 0.01)
+    with pytest.raises(UserError, match="JAX did not start with them within 0.01 s"):
         environment.known_flags(["--xla_gpu_autotune_level=1"])
 
 

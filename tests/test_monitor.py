@@ -32,7 +32,8 @@ def test_table_says_what_trains(tmp_path):
         line.split("  ")[0].strip(): line.split() for line in parameter_table(trainable, frozen, config.optim)
     }
     tower = sum(leaf.size for name, leaf in trainable.items() if name.startswith("vision_tower"))
-    assert lines["vision_tower (LoRA)"][2:6] == [f"{tower:,}", f"{tower:,}", "float32", "0.01"]
+    of_lora = [f"{tower:,}", f"{tower:,}", "float32", "0.01", "0"]  # the last: weight decay
+    assert lines["vision_tower (LoRA)"][2:7] == of_lora
     assert lines["vision_tower"][2:5] == ["0", "float32", "frozen"]
     assert lines["image_newline (in full)"][3:7] == ["16", "16", "float32", "0.03"]
     total = sum(leaf.size for leaf in (trainable | frozen).values())

@@ -14,7 +14,7 @@ from mmrstraj_jax.config import MODEL_PRESETS, Config, LoRAConfig, small_model
 from mmrstraj_jax.data.collate import Shape
 from mmrstraj_jax.errors import UserError
 from mmrstraj_jax.models import attention
-from mmrstraj_jax.planning import dataset, dryrun, flops, gpus, memory, preview, program, strategy
+from mmrstraj_jax.planning import dataset, dryrun, flops, gpus, memory, preview, program, report, strategy
 
 TINY = MODEL_PRESETS["tiny"]
 
@@ -282,6 +282,22 @@ def test_tokens_of_the_preview_are_those_of_the_batch(world, tmp_path, monkeypat
     assert f"{example.plans[0].num_tokens} visual tokens" in spans
 
 
+def test_rows_of_padding_are_not_real_and_packs_count_as_rows(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("MMRSTRAJ_CACHE", str(tmp_path))
+    settings = case.config(weights=world["weights"], data=world["data"], batch_size=8, max_length=128)
+    found = dataset.inspect(settings, lambda _: None)
+    schedule = found.loader.schedule
+    room = 8 * sum(schedule.batch(step)[0].length for step in range(2))
+    line = report.buckets(found, settings)[0]  # 12 rows in two steps of 8
+    assert "2 steps an epoch" in line
+    assert f"{100 * found.shapes[:, 1].sum() / room:.0f} % of their tokens" in line
+    packed = dataclasses.replace(settings, packing=True)
+    found = dataset.inspect(packed, lambda _: None)
+    assert found.drawn[:, 1].sum() == found.shapes[:, 1].sum() and len(found.drawn) < len(found.shapes)
+    assert f", {found.drawn[:, 1].mean():.0f} tokens, remat" in report.work(found, packed)[1]
+    assert " % of their tokens" in report.buckets(found, packed)[0]
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
@@ -291,9 +307,22 @@ def test_tokens_of_the_preview_are_those_of_the_batch(world, tmp_path, monkeypat
         (["--data", "missing.json"], "missing.json"),
         (["--previw", "x.html"], "unknown option --previw: did you mean --preview"),
         (["--stepz", "3"], "unknown option --stepz: did you mean --steps"),
+        # what training would refuse
+        (["--batch-size", "24", "--devices", "4"], "batch_size 24: cannot be split into micro-batches of 4"),
+        (["--fsdp", "3", "--devices", "4"], "--fsdp 3: expected a divisor of --devices 4"),
+        (["--train-full", "projector"], "train_full projector: has LoRA targets too"),
+        (["--lora.vision-tower", "--lora.projector"], "nothing to train"),
+        (["--optim.other-lr", "1"], "optim.other_lr: group 'other' has no trainable parameter"),
+        (["--init-from", "nowhere"], "--init-from nowhere: not a run directory"),
+        (["--epochs", "2"], "--epochs 2: this recipe counts steps"),
+        (["--merge-init"], "--merge-init: merges the adapters of a finished run"),
     ],
 )
-def test_mistakes_are_user_errors(words, message):
+def test_mistakes_are_user_errors(world, tmp_path, monkeypatch, words, message):
+    monkeypatch.setenv("MMRSTRAJ_CACHE", str(tmp_path))
+    words = ["--weights", world["weights"], "--model", "tiny", *words]
+    if "--data" not in words:
+        words += ["--data", world["data"]]
     with pytest.raises(UserError, match=message.replace(".", r"\.")):
         plan.main(words)
 

@@ -19,7 +19,7 @@ GRAPHDEF, TRAINABLE, FROZEN = states.split(case.model(CONFIG.lora, CONFIG.train_
 OPTIMIZER = Optimizer(CONFIG.optim, 10)
 # Compiling is what these tests cost: they share one program per shape.
 STEP = build_step(GRAPHDEF, OPTIMIZER, CONFIG)
-EVALUATE = build_eval_step(GRAPHDEF, CONFIG)
+EVALUATE = build_eval_step(GRAPHDEF)
 
 
 def fresh():

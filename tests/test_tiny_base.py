@@ -36,7 +36,7 @@ def test_packed_questions_are_single_turn_questions(tokenizer):
     (_, hidden), looks = shared_prefix.hidden_states(model, pool, prefix, [packed.ids], packed.positions)
     assert looks.shape == (3, 1, 2, 6, 3, len(prefix.ids)) and 0 < looks.sum(-1).max() < 1
     for number, turn in enumerate(TURNS):
-        encoded = chat.encode_spans(shared_prefix.conversation([turn], image=True), tokenizer)
+        encoded = chat.encode_spans(shared_prefix.conversation([turn]), tokenizer)
         slot = int(np.flatnonzero(encoded.ids == tokenizer.image_id)[0])
         visual = np.full(plan.num_tokens, tokenizer.pad_id)
         ids = np.concatenate([encoded.ids[:slot], visual, encoded.ids[slot + 1 :]])[None].astype(np.int32)

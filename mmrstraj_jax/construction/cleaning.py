@@ -39,9 +39,9 @@ class Cleaning:
 
     def __post_init__(self):
         limits = sorted(vars(self).keys() - {"box", "min_points", "spike_turn"})
-        check(self, 0, math.inf, *limits, option="--cleaning.")
-        check(self, 0, 180, "spike_turn", option="--cleaning.")
-        check(self, 1, math.inf, "min_points", option="--cleaning.")
+        check(self, 0, math.inf, *limits, key="--cleaning.")
+        check(self, 0, 180, "spike_turn", key="--cleaning.")
+        check(self, 1, math.inf, "min_points", key="--cleaning.")
         if self.box and not is_box(self.box):
             raise UserError(f"--cleaning.box {self.box}: expected west, south, east, north in degrees")
 

@@ -1,22 +1,10 @@
 """Ranges of settings: a number out of its range is refused by name, before anything is read, sent or paid."""
 
-import math
-from typing import Any
+import functools
 
-from mmrstraj_jax.errors import UserError
+from mmrstraj_jax.settings import check_range
 
-
-def check(config: Any, low: float, high: float, *names: str, option: str = "--") -> None:
-    """Raises UserError: one of these fields, or an element of a tuple, is below `low` or above `high`.
-
-    `option`: what stands before the field's name on the command line.
-    """
-    for name in names:
-        value = getattr(config, name)
-        for number in value if isinstance(value, tuple) else (value,):
-            if not low <= number <= high:
-                wanted = f"{low} or more" if high == math.inf else f"{low} to {high}"
-                raise UserError(f"{option}{name.replace('_', '-')} {number}: expected {wanted}")
+check = functools.partial(check_range, key="--")
 
 
 def is_box(numbers: tuple[float, ...]) -> bool:

@@ -141,13 +141,12 @@ def example(
     *,
     mask: str = "original",
     image_policy: images.ImagePolicy = images.DEFAULT,
-    max_length: int | None = None,
 ) -> Example:
     """Reads, plans and tokenises one training row.
 
     Raises:
-      UserError: naming the row; an unreadable image, slots that do not match, longer than max_length, or
-        nothing to learn from. Rows are never truncated.
+      UserError: naming the row; an unreadable image, slots that do not match, or nothing to learn from.
+        Rows are never truncated: Sizes.round refuses one that is too long.
     """
     try:
         pixels, plans = row_views(row, policy, image_policy)
@@ -157,18 +156,16 @@ def example(
             raise UserError(f"{len(slots)} <image> slots for {len(plans)} images; expected one slot each")
         ids, starts, source = expand(encoded.ids, slots, plans, tokenizer.pad_id)
         labels = chat.labels_of(encoded, tokenizer, mask)[source]
-        check_supervision(int(encoded.answer.sum()), len(ids), max_length)
+        check_supervision(int(encoded.answer.sum()))
     except UserError as error:
         raise UserError(f"{row.where}: {error}") from error
     return Example(row.id, ids, pixels, tuple(plans), starts, labels, encoded.answer[source])
 
 
-def check_supervision(answer_tokens: int, length: int, max_length: int | None) -> None:
+def check_supervision(answer_tokens: int) -> None:
     """Raises UserError for a row that must not reach the loss."""
     if not answer_tokens:
         raise UserError("no supervised token; expected at least one answer")
-    if max_length is not None and length > max_length:
-        raise UserError(f"{length} tokens, more than max_length {max_length}; shorten it or raise max_length")
 
 
 def row_views(

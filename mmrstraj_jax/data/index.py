@@ -152,12 +152,16 @@ def _measure_all(
     content = hashlib.sha256(reader.settings().encode())
     shapes = np.zeros((len(rows), _COLUMNS), np.int32)
     reasons: dict[str, str] = {}
-    size_of = functools.lru_cache(maxsize=1 << 16)(size_of)  # many rows may share an image
+    cached = functools.lru_cache(maxsize=1 << 16)(size_of)  # many rows may share an image
+
+    def once(file: images.Source, policy: images.ImagePolicy) -> tuple[int, int]:
+        # the key of a row's own image would be the image: 65,536 of them stay in memory
+        return (size_of if isinstance(file, bytes) else cached)(file, policy)
 
     def chunk(begin: int) -> tuple[int, list[Shape | str], bytes]:
         found, said = [], []
         for row in _some(rows, begin):
-            found.append(_measure(row, reader, size_of))
+            found.append(_measure(row, reader, once))
             said.append(_content(row))
         return begin, found, b"".join(said)
 
@@ -193,7 +197,7 @@ def _measure(row: Row, reader: Reader, size_of: Callable) -> Shape | str:
         encoded = chat.encode_spans(row.conversations, reader.tokenizer, row.kind)
         labels = chat.labels_of(encoded, reader.tokenizer, reader.mask)
         length = len(encoded.ids) + sum(plan.num_tokens - 1 for plan in plans)
-        check_supervision(int(encoded.answer.sum()), length, None)
+        check_supervision(int(encoded.answer.sum()))
         return row_shape(plans, length, labels)
     except UserError as error:
         return str(error)

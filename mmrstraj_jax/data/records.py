@@ -103,16 +103,6 @@ class Records:
     problems: list[Problem]
     sources: list[Source] = field(default_factory=list)
 
-    def summary(self) -> str:
-        """One line for the log: how many rows stayed, and the first problem."""
-        dropped = sum(problem.dropped for problem in self.problems)
-        text = f"{len(self.rows)} rows from {len(self.sources)} file(s)"
-        if dropped:
-            text += f", {dropped} dropped"
-        if len(self.problems) > dropped:
-            text += f", {len(self.problems) - dropped} remark(s)"
-        return text + (f"; first: {self.problems[0]}" if self.problems else "")
-
 
 def parse_mixture(spec: str) -> list[tuple[str, float | None]]:
     """ "A.json:0.7,B.json:0.3" -> [(path, weight)]; weight None when no weight is given.

@@ -42,13 +42,16 @@ def filter_logits(
 ) -> Float[Array, " V"]:
     """-inf outside the top k, then outside the smallest set of mass top_p (HF's two warpers in turn)."""
     size = logits.shape[0]
-    ordered = jnp.sort(logits)
+    order = jnp.argsort(logits)
+    ordered = logits[order]
     kth = jnp.where(top_k > 0, ordered[size - jnp.clip(top_k, 1, size)], -jnp.inf)
     mass = jnp.cumsum(jax.nn.softmax(jnp.where(ordered >= kth, ordered, -jnp.inf)))
     # HF drops, from the least likely on, what sums up to 1 - top_p, and never the most likely token. A top_p
     # of 1 must drop nothing, though rounding may leave a zero mass at the bottom.
     dropped = jnp.where(top_p < 1, jnp.sum(mass[:-1] <= 1 - top_p), 0)
-    return jnp.where(logits >= jnp.maximum(kth, ordered[dropped]), logits, -jnp.inf)
+    # by place, not by value: of equal logits at the border some may go
+    kept = (jnp.arange(size) >= dropped) & (ordered >= kth)
+    return jnp.full_like(logits, -jnp.inf).at[order].set(jnp.where(kept, ordered, -jnp.inf))
 
 
 def next_tokens(

@@ -192,7 +192,7 @@ class Qwen2(nnx.Module):
                 alone.
             how: remat, unroll, mesh of layers.scan_layers.
         """
-        rope = self._rope(x, positions)
+        rope = self.rope(x, positions)
 
         def run(layer: DecoderLayer, x, index, at=None):
             def attend(q, k, v):
@@ -224,7 +224,7 @@ class Qwen2(nnx.Module):
 
         The last layer's queries and MLP are computed for that token alone.
         """
-        rope, length, final = self._rope(x, None), x.shape[1], self.config.num_hidden_layers - 1
+        rope, length, final = self.rope(x, None), x.shape[1], self.config.num_hidden_layers - 1
 
         def read(layer: DecoderLayer, x, at=None):
             kept = {}
@@ -278,7 +278,8 @@ class Qwen2(nnx.Module):
         (x, k, v), _ = scan_layers(body, self.layers, carry, last=self.config.num_hidden_layers)
         return self.norm(x[:, 0]), KVCache(k, v, slots + 1)
 
-    def _rope(self, x: Float[Array, "B L H"], positions: Int[Array, "B L"] | None) -> tuple[Array, Array]:
+    def rope(self, x: Float[Array, "B L H"], positions: Int[Array, "B L"] | None) -> tuple[Array, Array]:
+        """cos and sin for the tokens of x, [B, L, 1, D / 2] each; positions default to 0..L-1."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
         return rotary(positions, self.config.head_dim, self.config.rope_theta, x.dtype)

@@ -27,6 +27,12 @@ class Dataset:
     def shapes(self) -> Int[np.ndarray, "rows 5"]:
         return self.loader.index.shapes
 
+    @property
+    def drawn(self) -> Int[np.ndarray, "rows 5"]:
+        """Of what batch_size counts: rows, or with packing packs of them."""
+        packs = self.loader.schedule.packs
+        return self.shapes if packs is None else packs.shapes
+
 
 def inspect(config: Config, say) -> Dataset:
     """Checks and indexes the data of a config.

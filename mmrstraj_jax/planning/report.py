@@ -39,19 +39,18 @@ def buckets(found: Dataset, config: Config) -> list[str]:
     schedule = found.loader.schedule
     steps = range(schedule.steps_per_epoch)
     drawn: dict = {}
+    real = np.zeros(2)
     for step in steps:
-        bucket = schedule.batch(step)[0]
+        bucket, numbers = schedule.batch(step)
         drawn[bucket] = drawn.get(bucket, 0) + 1
+        real += found.drawn[numbers[numbers >= 0], :2].sum(0)  # the last batch may have rows of padding
     rows = [("bucket", "views", "tokens", "supervised", "steps an epoch", "TFLOP a row")]
     for number, bucket in enumerate(schedule.buckets, 1):
         cost = flops.of_row(found.model, *bucket[:3]).training(config) / 1e12
         rows.append((str(number), *map(str, bucket[:3]), str(drawn.get(bucket, 0)), f"{cost:.3g}"))
-    real = found.shapes[:, :2].sum(0) * (len(steps) * config.batch_size / len(found.shapes))
     padded = sum(np.array(bucket[:2]) * count * config.batch_size for bucket, count in drawn.items())
     tokens, views = 100 * real[1] / padded[1], 100 * real[0] / padded[0]
     used = f"; {tokens:.0f} % of their tokens and {views:.0f} % of their views are real"
-    if config.packing:  # its batches hold more rows than the index knows of
-        used = ""
     return [f"buckets: {len(schedule.buckets)} programs, {len(steps)} steps an epoch{used}", *table(rows)]
 
 
@@ -70,9 +69,9 @@ def parameters(found: Dataset, config: Config) -> list[str]:
 
 def work(found: Dataset, config: Config) -> list[str]:
     """FLOPs of a mean row and of a step."""
-    mean = found.shapes[:, :3].mean(0)
+    mean = found.drawn[:, :3].mean(0)
     row = flops.of_row(found.model, *mean)
-    four_n = flops.four_n(found.model, found.shapes).mean() / 1e12
+    four_n = flops.four_n(found.model, found.drawn).mean() / 1e12
     rows = [("TFLOP of a mean row", "tower", "projector", "decoder", "head", "forward", "training", "4N")]
     parts = (
         row.tower_linear + row.tower_attention,

@@ -249,16 +249,22 @@ def finished_steps(directory: Path) -> list[int]:
 
 
 def best_step(directory: Path) -> int | None:
-    """The step with the lowest held-out loss among those still there; None when none was evaluated."""
-    losses = {}
+    """The step with the lowest held-out loss among those still there; None when none was evaluated.
+
+    Where a run went on with other held-out rows, steps before that do not compare.
+    """
+    losses, rows = {}, {}
     for step in finished_steps(directory):
         try:
-            loss = manifest.read_meta(Path(directory) / str(step))["eval_loss"]
+            meta = manifest.read_meta(Path(directory) / str(step))
         except Damaged:  # no candidate; whoever wants this very step is told
             continue
+        loss = meta["eval_loss"]
         if loss is not None and math.isfinite(loss):
-            losses[step] = loss
-    return min(losses, key=losses.get) if losses else None
+            losses[step], rows[step] = loss, meta.get("eval_data")
+    # None: saved by a version that did not say
+    same = [step for step in losses if rows[step] in (None, rows[max(losses)])]
+    return min(same, key=losses.get, default=None)
 
 
 def read_trainable(

@@ -40,6 +40,7 @@ class Place:
     coordinator: str  # "host:port" of process 0
     count: int
     index: int
+    local_device_ids: tuple[int, ...] | None = None  # of the devices it sees those it drives; None: all
 
     def __post_init__(self):
         host, _, port = self.coordinator.rpartition(":")
@@ -80,8 +81,21 @@ def find_place(given: tuple[str | None, ...], env: Mapping[str, str]) -> Place |
         host = first_host(env["SLURM_STEP_NODELIST"])
         # Jobs that share a node must not share a port
         port = 61440 + (int(env["SLURM_JOB_ID"]) * 16 + int(env["SLURM_STEP_ID"]) % 16) % 4096
-        return Place(f"{host}:{port}", int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_PROCID"]))
+        count, index = int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_PROCID"])
+        return Place(f"{host}:{port}", count, index, _own_devices(env))
     return None
+
+
+def _own_devices(env: Mapping[str, str]) -> tuple[int, ...] | None:
+    """What a task of a SLURM step drives: all GPUs of its node where it is the only one there, or those that
+    SLURM shows to it alone; else the GPU of its own number on the node.
+    """
+    count = env["SLURM_STEP_NUM_TASKS"]
+    alone = int(count) == int(env.get("SLURM_STEP_NUM_NODES", count))
+    shown = env.get("SLURM_GPUS_PER_TASK") or "," not in env.get("CUDA_VISIBLE_DEVICES", ",")
+    if alone or shown or env.get("JAX_LOCAL_DEVICE_IDS"):
+        return None
+    return (int(env["SLURM_LOCALID"]),)
 
 
 def _place(values: tuple[str | None, ...], names: tuple[str, ...]) -> Place:
@@ -118,6 +132,9 @@ def connect(place: Place, config: ClusterConfig) -> None:
         place.coordinator,
         place.count,
         place.index,
+        list(place.local_device_ids) if place.local_device_ids else None,
+        # Under srun JAX would take one GPU for each process, whatever it was told
+        cluster_detection_method="deactivate",
         # Ours speaks first, and names the process
         heartbeat_timeout_seconds=round(2 * config.heartbeat) + 10,
         shutdown_timeout_seconds=round(config.heartbeat),

@@ -72,10 +72,10 @@ def human_bytes(count: float) -> str:
 
 
 def parameter_table(trainable: Tree, frozen: Tree, config: OptimConfig) -> list[str]:
-    """Lines "part, parameters, trainable, dtype, lr, bytes"; bytes of trained rows include gradient and
-    moments.
+    """Lines "part, parameters, trainable, dtype, lr, decay, bytes"; bytes of trained rows include gradient
+    and moments.
     """
-    rows = [("part", "parameters", "trainable", "dtype", "lr", "bytes")]
+    rows = [("part", "parameters", "trainable", "dtype", "lr", "decay", "bytes")]
     totals = [0, 0, 0]
     for part in PARTS:
         for tree, trains in ((frozen, False), (trainable, True)):
@@ -90,11 +90,13 @@ def parameter_table(trainable: Tree, frozen: Tree, config: OptimConfig) -> list[
                 kind = " (LoRA)" if all(".lora_" in name for name in leaves) else " (in full)"
             rate = f"{getattr(config, GROUPS[group_of(part)]):g}" if trains else "frozen"
             dtypes = "/".join(sorted({str(leaf.dtype) for leaf in leaves.values()}))
-            rows.append((part + kind, f"{count:,}", f"{count * trains:,}", dtypes, rate, human_bytes(size)))
+            decay = f"{config.weight_decay:g}" if trains else ""
+            counts = f"{count:,}", f"{count * trains:,}"
+            rows.append((part + kind, *counts, dtypes, rate, decay, human_bytes(size)))
             totals = [a + b for a, b in zip(totals, (count, count * trains, size), strict=True)]
-    rows.append(("total", f"{totals[0]:,}", f"{totals[1]:,}", "", "", human_bytes(totals[2])))
-    widths = [max(len(row[at]) for row in rows) for at in range(6)]
-    align = ("<", ">", ">", "<", ">", ">")
+    rows.append(("total", f"{totals[0]:,}", f"{totals[1]:,}", "", "", "", human_bytes(totals[2])))
+    widths = [max(len(row[at]) for row in rows) for at in range(7)]
+    align = ("<", ">", ">", "<", ">", ">", ">")
     return [
         "  ".join(f"{cell:{a}{w}}" for cell, a, w in zip(row, align, widths, strict=True)).rstrip()
         for row in rows

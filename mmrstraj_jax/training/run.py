@@ -41,6 +41,11 @@ NOT_COMPARED = (
     *("run_dir", "notes", "fsdp", "loader", "cluster", "wandb", "compilation_cache"),
     *("save_every", "keep_last", "log_every"),
 )
+# What the model of a run is made of: its checkpoints fit no other
+FIXED = (
+    *("init_from", "merge_init", "feature_layer", "dtype", "quantize_llm", "train_full"),
+    *("lora.rank", "lora.vision_tower", "lora.projector", "lora.language_model"),
+)
 
 
 def embedded_weights() -> Path:
@@ -127,8 +132,8 @@ def status(
         allow_config_change: go on with another config; a line lists the differences.
         say: takes one line of text.
     Raises:
-        UserError: the run there has another config (the differences are listed), its checkpoints are all
-            unreadable or gone, or the path is no folder for it.
+        UserError: the run there has another config (the differences are listed), or one that no run can go
+            on with, its checkpoints are all unreadable or gone, or the path is no folder for it.
     """
     with _usable(run_dir):
         if run_dir.exists() and not run_dir.is_dir():
@@ -150,6 +155,11 @@ def status(
         for line in configs.diff(read_config(run_dir), config)
         if line.split(":")[0].split(".")[0] not in NOT_COMPARED
     ]
+    if fixed := [line for line in changed if line.split(":")[0] in FIXED]:
+        raise UserError(
+            f"{run_dir} holds a run of another model: {'; '.join(fixed)}; this cannot change while a run "
+            "goes on: give the same options, or name a new --run-dir"
+        )
     if changed and allow_config_change:
         say(f"WARNING: {run_dir} goes on with another config: {'; '.join(changed)}")
         return "resume"
@@ -206,15 +216,7 @@ def policy_of(config: Config, model: ModelConfig) -> AnyResConfig:
 
 
 def attach(model: MMRSTraj, config: Config) -> None:
-    """Gives a plain model what the config trains, in place. Raises UserError: a part twice, or an unknown
-    target.
-    """
-    for part in config.train_full:
-        if getattr(config.lora, part, ()):
-            raise UserError(
-                f"train_full {part}: has LoRA targets too, and would be trained twice; "
-                f"drop one of them (--lora.{part.replace('_', '-')} without a value means no target)"
-            )
+    """Gives a plain model what the config trains, in place. Raises UserError: an unknown target."""
     train_in_full(model, config.train_full)
     add_lora(model, config.lora, jax.random.fold_in(jax.random.key(config.seed), 1))
 
@@ -269,10 +271,6 @@ def _start_from_weights(config: Config, mesh: Mesh | None) -> Start:
 
 def _start_from_run(config: Config, mesh: Mesh | None) -> Start:
     folder = Path(config.init_from)
-    if not is_run(folder):
-        raise UserError(
-            f"--init-from {folder}: not a run directory; expected one with config.json and base.json"
-        )
     previous = open_run(folder, dtype=config.dtype, weights=config.weights, mesh=mesh)
     if config.feature_layer not in (0, previous.base.get("feature_layer", 0)):
         raise UserError(
@@ -311,9 +309,12 @@ def _same_trainables(before: Config, after: Config) -> bool:
 
 
 def reopen(run_dir: Path, config: Config, mesh: Mesh | None = None) -> Start:
-    """The model of a run as it was at step 0, without the values of its adapters: to resume it."""
+    """The model of a run as it was at step 0, without the values of its adapters: to resume it.
+
+    Raises UserError: the base weights are missing, or are not those the run began with.
+    """
     base = read_json(run_dir / "base.json")
-    loaded, base = _load_base(base, jnp.dtype(config.dtype), None, mesh)
+    loaded, base = _load_base(base, jnp.dtype(config.dtype), config.weights, mesh)
     attach(loaded.model, config)
     _store(loaded.model, config)
     tokenizer = run_dir / "tokenizer"
@@ -439,7 +440,12 @@ def check_resumable(
     say(f"WARNING: {run_dir} goes on with other data: {', '.join(changed)}")
 
 
-def change_config(run_dir: Path, config: Config) -> None:
-    """The run goes on with this config; it is unfinished again."""
-    write_json(run_dir / "config.json", configs.to_dict(config))
-    (run_dir / "summary.json").unlink(missing_ok=True)
+def change_config(run_dir: Path, config: Config, base: dict[str, Any]) -> None:
+    """The run goes on with this config, its base weights where they are now; it is unfinished again.
+
+    Raises UserError: the folder cannot be written.
+    """
+    with _usable(run_dir):
+        write_json(run_dir / "base.json", base)
+        write_json(run_dir / "config.json", configs.to_dict(config))
+        (run_dir / "summary.json").unlink(missing_ok=True)

@@ -20,6 +20,7 @@ from mmrstraj_jax.data.tokenizer import Tokenizer
 from mmrstraj_jax.errors import UserError
 from mmrstraj_jax.models.attention import uses_cudnn
 from mmrstraj_jax.synthcity import sample
+from mmrstraj_jax.training import run
 from mmrstraj_jax.training.run import Start
 from mmrstraj_jax.training.step import Batch
 
@@ -62,6 +63,30 @@ def sources(config: Config) -> Sources:
     if config.image_root is not None and not Path(config.image_root).is_dir():
         raise UserError(f"--image-root {config.image_root}: no such folder")
     return Sources(config.data, config.eval_data, "stage2" if config.name == "stage2" else "stage1")
+
+
+def check_start(config: Config) -> None:
+    """Raises UserError where no run can begin: a part trained twice, nothing to merge, no run to go on
+    from, or one of another size.
+    """
+    if config.merge_init and config.init_from is None:
+        raise UserError("--merge-init: merges the adapters of a finished run; name it with --init-from")
+    if config.init_from is not None and not run.is_run(config.init_from):
+        raise UserError(
+            f"--init-from {config.init_from}: not a run directory; expected one with config.json and "
+            "base.json"
+        )
+    if config.init_from and (trained := run.read_config(Path(config.init_from)).model) != config.model:
+        raise UserError(
+            f"--init-from {config.init_from}: was trained with --model {trained}; --model {config.model} has "
+            f"another recipe (learning rates, steps): give --model {trained}"
+        )
+    for part in config.train_full:
+        if getattr(config.lora, part, ()):
+            raise UserError(
+                f"train_full {part}: has LoRA targets too, and would be trained twice; "
+                f"drop one of them (--lora.{part.replace('_', '-')} without a value means no target)"
+            )
 
 
 def describe(config: Config, found: Sources, overridden: frozenset[str]) -> str:
@@ -139,9 +164,11 @@ def load_data(config: Config, found: Sources, start: Start, cache_dir: Path, say
 
     def loader(spec: str, name: str, limit: int | None) -> Loader:
         read = records.load(spec, config.image_root, on_bad=config.on_bad, cache_dir=cache_dir)
-        if limit is not None and len(read.rows) > limit:
-            rows = read.rows.take(np.linspace(0, len(read.rows) - 1, limit, dtype=int))
-            whole = records.Source(spec, None, 0, limit)
+        if limit is not None:  # held out: each row once, whatever the weight of its file
+            rows = read.rows
+            if len(rows) > limit:
+                rows = rows.take(np.linspace(0, len(rows) - 1, limit, dtype=int))
+            whole = records.Source(spec, None, 0, len(rows))
             read = dataclasses.replace(read, rows=rows, sources=[whole])
         index = build_index(
             read,
@@ -169,6 +196,11 @@ def load_data(config: Config, found: Sources, start: Start, cache_dir: Path, say
     held_out = (
         loader(eval_data, "eval data", config.eval_samples) if eval_data and config.eval_samples else None
     )
+    if config.eval_every and held_out is None:
+        say(
+            f"WARNING: eval_every {config.eval_every}: nothing is held out, so nothing is evaluated; "
+            "name --eval-data, and eval_samples above 0"
+        )
     return Data(train, held_out, _types(eval_data) if held_out else {})
 
 
@@ -201,12 +233,15 @@ def _types(eval_data: str) -> dict[tuple[str, int], str]:
     return types
 
 
-def global_micro_batch(config: Config) -> int:
+def global_micro_batch(config: Config, devices: int | None = None) -> int:
     """Rows of one micro-batch over all devices; many devices get fewer rows each, so that the batch stays.
 
-    Raises UserError: the devices do not divide the batch.
+    Args:
+        devices: how many; None: those of the run.
+    Raises:
+        UserError: the devices do not divide the batch.
     """
-    devices = jax.device_count()
+    devices = devices or jax.device_count()
     rows = min(config.micro_batch_size * devices, config.batch_size)
     if config.batch_size % rows or rows % devices:
         raise UserError(
@@ -219,6 +254,15 @@ def global_micro_batch(config: Config) -> int:
 def fold(batch: Batch, rows: int) -> Any:
     """[batch, ...] -> [micro-batches, rows, ...]."""
     return jax.tree.map(lambda x: x.reshape(-1, rows, *x.shape[1:]), batch)
+
+
+def check_length(config: Config, overridden: Collection[str]) -> None:
+    """Raises UserError where epochs were set by hand that the recipe's steps make nothing of."""
+    if config.steps and "epochs" in overridden and "steps" not in overridden:
+        raise UserError(
+            f"--epochs {config.epochs}: this recipe counts steps ({config.steps}); add --steps 0 to go by "
+            "epochs"
+        )
 
 
 def total_steps(config: Config, loader: Loader) -> int:

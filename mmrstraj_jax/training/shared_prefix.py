@@ -20,6 +20,7 @@ from mmrstraj_jax.data.tokenizer import Tokenizer
 from mmrstraj_jax.models.layers import scan_layers
 from mmrstraj_jax.models.mmrstraj import MMRSTraj
 from mmrstraj_jax.models.token_reduction import merge_with_text, visual_pool
+from mmrstraj_jax.synthcity.sample import conversation
 
 Turn = tuple[str, str]  # question, answer
 
@@ -33,7 +34,7 @@ class Prefix(NamedTuple):
 
     @classmethod
     def of(cls, plan: Plan, tokenizer: Tokenizer) -> "Prefix":
-        ids = chat.encode_spans(conversation([("?", "!")], image=True), tokenizer).ids
+        ids = chat.encode_spans(conversation([("?", "!")]), tokenizer).ids
         slot = int(np.flatnonzero(ids == tokenizer.image_id)[0])
         end = slot + 2  # the newline after the image belongs to the prefix
         visual = np.full(plan.num_tokens, tokenizer.pad_id)
@@ -54,20 +55,11 @@ class Segments(NamedTuple):
         return Segments(*(x[index].astype(np.int32) for x in self))
 
 
-def conversation(turns: Sequence[Turn], *, image: bool) -> list[dict[str, str]]:
-    """LLaVA-OneVision turns."""
-    result = []
-    for number, (question, answer) in enumerate(turns):
-        mark = "<image>\n" if image and number == 0 else ""
-        result += [{"from": "human", "value": mark + question}, {"from": "gpt", "value": answer}]
-    return result
-
-
 def segment(
     turns: Sequence[Turn], tokenizer: Tokenizer, skip: int, mask: str, *, image: bool = True
 ) -> tuple[Int[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
     """Ids behind the first `skip` and which of them are supervised, up to the last supervised one."""
-    encoded = chat.encode_spans(conversation(turns, image=image), tokenizer, "image" if image else "text")
+    encoded = chat.encode_spans(conversation(turns, image), tokenizer, "image" if image else "text")
     supervised = chat.labels_of(encoded, tokenizer, mask)[skip:] != chat.IGNORE
     supervised[0] = False  # predicted from before the segment
     end = int(np.flatnonzero(supervised)[-1]) + 1
@@ -138,7 +130,7 @@ def hidden_states(
             paid = on_prefix if paid is None else paid
         return jnp.concatenate(mixed, axis=1), paid
 
-    rope = llm._rope(x, jnp.asarray(at))
+    rope = llm.rope(x, jnp.asarray(at))
 
     def body(layer, x, _):
         kept = []

@@ -154,7 +154,7 @@ class RowScore(NamedTuple):
 EvalStep = Callable[[Tree, Tree, Batch], RowScore]
 
 
-def build_eval_step(graphdef: nnx.GraphDef, config: Config, mesh: Mesh | None = None) -> EvalStep:
+def build_eval_step(graphdef: nnx.GraphDef, mesh: Mesh | None = None) -> EvalStep:
     """eval_step(trainable, frozen, batch [B, ...]) -> RowScore of all rows, without dropout.
 
     `correct` is greedy exact match: under teacher forcing every answer token is the argmax exactly when
