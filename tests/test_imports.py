@@ -9,6 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "mmrstraj_jax"
 ALLOWED = {"jax", "jaxlib", "flax", "optax", "einops", "jaxtyping", "numpy", "mmrstraj_jax"}
+RUNS = {"config", "models", "errors", "settings", "parallel", "data", "weights"}  # what a run is made of
 # What each room may import of the others; commands and api.py may import everything.
 MAY_IMPORT = {
     "models": {"config", "models", "errors"},
@@ -16,17 +17,7 @@ MAY_IMPORT = {
     "data": {"config", "models", "errors", "settings", "data"},
     "synthcity": {"errors", "synthcity"},
     "inference": {"config", "models", "errors", "data", "weights", "inference", "parallel"},
-    "training": {
-        "config",
-        "models",
-        "errors",
-        "settings",
-        "parallel",
-        "data",
-        "weights",
-        "synthcity",
-        "training",
-    },
+    "training": {"synthcity", "training", *RUNS},
     "construction": {
         "config",
         "errors",
@@ -37,18 +28,7 @@ MAY_IMPORT = {
         "evaluation",
         "construction",
     },
-    "planning": {
-        "config",
-        "models",
-        "errors",
-        "settings",
-        "parallel",
-        "data",
-        "weights",
-        "training",
-        "synthcity",
-        "planning",
-    },
+    "planning": {"training", "synthcity", "planning", *RUNS},
 }
 
 
